@@ -1,3 +1,89 @@
-"""metadist: distributed meta-training on Ray."""
+"""metadist: distributed meta-training on Ray.
+
+    config = metadist.load_config("configs/sinusoid_maml.yaml")
+    result = metadist.MetaTrainer(config).fit()
+    metadist.evaluate(result.run_dir)
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from metadist.config import (
+        CheckpointSettings,
+        Config,
+        EvaluationSettings,
+        FailureSettings,
+        RunSettings,
+        ScalingSettings,
+        TrainingSettings,
+        load_config,
+    )
+    from metadist.core.algorithm import Algorithm
+    from metadist.core.episode import EpisodeBatch, EpisodeSpec, Examples
+    from metadist.core.keys import TaskKey, generator
+    from metadist.core.outer import OuterSettings
+    from metadist.core.settings import settings
+    from metadist.errors import MetadistError, UserError
+    from metadist.evaluation import Evaluation, evaluate
+    from metadist.training import MetaTrainer, Result
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "metadist.config": (
+        "CheckpointSettings",
+        "Config",
+        "EvaluationSettings",
+        "FailureSettings",
+        "RunSettings",
+        "ScalingSettings",
+        "TrainingSettings",
+        "load_config",
+    ),
+    "metadist.core.algorithm": ("Algorithm",),
+    "metadist.core.episode": ("EpisodeBatch", "EpisodeSpec", "Examples"),
+    "metadist.core.keys": ("TaskKey", "generator"),
+    "metadist.core.outer": ("OuterSettings",),
+    "metadist.core.settings": ("settings",),
+    "metadist.errors": ("MetadistError", "UserError"),
+    "metadist.evaluation": ("Evaluation", "evaluate"),
+    "metadist.training": ("MetaTrainer", "Result"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Algorithm",
+    "CheckpointSettings",
+    "Config",
+    "EpisodeBatch",
+    "EpisodeSpec",
+    "Evaluation",
+    "EvaluationSettings",
+    "Examples",
+    "FailureSettings",
+    "MetaTrainer",
+    "MetadistError",
+    "OuterSettings",
+    "Result",
+    "RunSettings",
+    "ScalingSettings",
+    "TaskKey",
+    "TrainingSettings",
+    "UserError",
+    "evaluate",
+    "generator",
+    "load_config",
+    "settings",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Names are imported when first used, so that `import metadist` loads neither torch nor Ray.
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'metadist' has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

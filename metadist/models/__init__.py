@@ -1,0 +1,9 @@
+"""Models by the name that a config gives them."""
+
+from metadist.models.conv4 import Conv4
+from metadist.models.mlp import MLP
+
+MODELS: dict[str, type] = {
+    "mlp": MLP,
+    "conv4": Conv4,
+}

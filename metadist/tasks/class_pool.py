@@ -14,10 +14,11 @@ All images of a pool have one size and one number of channels (1 grey, 3 colour)
 """
 
 import io
+import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +32,12 @@ from metadist.files import open_file_system
 
 MAX_IMAGE_PIXELS = 4096 * 4096
 """Larger images are refused: few-shot episodes hold hundreds of them."""
+
+UNREADABLE_IMAGE = (
+    *(OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError),
+    *(struct.error, Image.DecompressionBombError),
+)
+"""What Pillow raises for files that are no images, or broken ones."""
 
 
 class PoolRow(NamedTuple):
@@ -81,13 +88,18 @@ def write_pool(rows: Iterable[PoolRow], path: Path) -> int:
             for row in rows
         ]
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
-        pq.write_table(table, partial, compression="zstd", row_group_size=4096)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            pq.write_table(table, partial, compression="zstd", row_group_size=4096)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be written ({error}). Make room or permit it, or choose another --out."
+        ) from error
     return table.num_rows
 
 
@@ -115,15 +127,16 @@ def _read_table(path: str) -> pa.Table:
     try:
         with file_system.open_input_file(inner) as stream:
             table = pq.read_table(stream)
+            table.validate(full=True)
+            names = table.column_names
     except FileNotFoundError as error:
         raise DataError(
             f"{path}: no such class pool. Make one with `metadist data import`, or correct task.pool."
         ) from error
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: not a readable Parquet file ({_first_line(error)}). Import or copy it again."
         ) from error
-    names = table.column_names
     for column in ("class", "split"):
         if column not in names:
             raise DataError(
@@ -206,27 +219,35 @@ def decode_image(data: bytes | None, where: str) -> np.ndarray:
                     f"{where}: the image has {image.width} x {image.height} pixels, more than {MAX_IMAGE_PIXELS}."
                     " Scale it down before importing."
                 )
+            if image.mode.startswith(("I", "F")):
+                raise DataError(
+                    f"{where}: the image has 16 or 32 bits a channel (mode {image.mode}), and 8 are needed."
+                    " Convert it, choosing how its values are scaled."
+                )
             grey = image.mode in ("1", "L")
             pixels = np.asarray(image.convert("L" if grey else "RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE_IMAGE as error:
         raise DataError(f"{where}: not a readable image ({_first_line(error)}). Replace or remove it.") from error
     return pixels[None] if grey else np.moveaxis(pixels, 2, 0)
 
 
 def _decode_features(table: pa.Table, path: str) -> np.ndarray:
     kind = table["features"].type
-    if not (pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind) or pa.types.is_large_list(kind)):
+    is_list = pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind) or pa.types.is_large_list(kind)
+    if not is_list or not (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)):
         raise DataError(f"{path}: column 'features' must hold lists of numbers, got {kind}. Write one list a row.")
     width: int | None = None
     rows = []
     for row, (name, vector) in enumerate(_cells(table, "features")):
         where = f"{path}: class {name!r}, example {row}"
-        if vector is None or (width is not None and len(vector) != width):
+        if not vector:
+            raise DataError(f"{where}: the vector is missing or empty. Remove the row or fill it.")
+        width = len(vector) if width is None else width
+        if len(vector) != width:
             raise DataError(
-                f"{where}: the vector has {0 if vector is None else len(vector)} numbers, the first one has {width}."
-                " All vectors of a pool have one length."
+                f"{where}: the vector has {len(vector)} numbers, the first one has {width}."
+                " All vectors of a pool have one length: pad or remove that row."
             )
-        width = len(vector)
         values = np.array(vector, dtype=np.float32)
         if not np.isfinite(values).all():
             raise DataError(f"{where}: features hold NaN or infinity. Impute or remove that row.")
@@ -234,7 +255,7 @@ def _decode_features(table: pa.Table, path: str) -> np.ndarray:
     return np.stack(rows)
 
 
-def _cells(table: pa.Table, column: str) -> Iterator[tuple[str, object]]:
+def _cells(table: pa.Table, column: str) -> Iterator[tuple[str, Any]]:
     for batch in table.select(["class", column]).to_batches(max_chunksize=1024):
         yield from zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True)
 

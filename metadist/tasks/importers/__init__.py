@@ -1,0 +1,1 @@
+"""Importers make class pools: from the archives of known data sets, and from anybody's files."""

@@ -1,0 +1,5 @@
+"""`python -m metadist`."""
+
+from metadist.cli import main
+
+main()

@@ -1,0 +1,186 @@
+"""Checkpoints: safetensors and JSON, a manifest with SHA-256 written last, nothing pickled.
+
+`checkpoints/step_00001000/` holds `theta.safetensors` (each parameter by its name, so that any reader of
+the format can use them), `statistics.safetensors`, `optimizer.safetensors`, `state.json` and
+`manifest.json`. A checkpoint without a manifest, or with a file that differs from it, does not count.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from pyarrow import fs
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from metadist.core.params import Layout
+from metadist.distributed.learner import LearnerState
+from metadist.errors import CheckpointError
+from metadist.run_directory import RunDirectory
+
+FORMAT = 1
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+class Checkpoints:
+    """The checkpoints of one run directory."""
+
+    def __init__(self, directory: RunDirectory, theta: Layout, statistics: Layout) -> None:
+        self._directory = directory
+        self._layouts = {"theta": theta, "statistics": statistics}
+
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints whose manifest is there, in order; they may still turn out to be altered."""
+        selector = fs.FileSelector(f"{self._directory.path}/checkpoints", allow_not_found=True)
+        names = [info.base_name for info in self._directory.file_system.get_file_info(selector)]
+        found = sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
+        return [step for step in found if self._directory.exists(f"{_place(step)}/manifest.json")]
+
+    def save(self, state: LearnerState) -> None:
+        """Writes a checkpoint. Raises MetadistError; then no older one has been touched."""
+        tensors = {
+            "theta": self._named("theta", state.theta),
+            "statistics": self._named("statistics", state.statistics),
+            "optimizer": state.optimizer,
+        }
+        files = {f"{name}.safetensors": save(part) for name, part in tensors.items()}
+        files["state.json"] = json.dumps({"format": FORMAT, "step": state.step}).encode()
+        manifest = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        place = _place(state.step)
+        self._directory.file_system.create_dir(f"{self._directory.path}/{place}", recursive=True)
+        for name, content in files.items():
+            self._directory.write(f"{place}/{name}", content)
+        self._directory.write_json(f"{place}/manifest.json", {"format": FORMAT, "sha256": manifest})
+
+    def load(self, step: int) -> LearnerState:
+        """Reads a checkpoint. Raises CheckpointError where anything in it is not as it was written."""
+        place = _place(step)
+        where = f"{self._directory.location}/{place}"
+        files = self._verified_files(place, where)
+        try:
+            state = json.loads(files["state.json"])
+            tensors = {name: load(files[f"{name}.safetensors"]) for name in ("theta", "statistics", "optimizer")}
+        except (KeyError, ValueError, SafetensorError) as error:
+            raise CheckpointError(f"{where}: not a checkpoint of this version ({error}). Remove it.") from None
+        if state.get("format") != FORMAT or state.get("step") != step:
+            raise CheckpointError(f"{where}: state.json is of another format or step. Remove the checkpoint.")
+        return LearnerState(
+            step=step,
+            theta=self._flat("theta", tensors["theta"], where),
+            statistics=self._flat("statistics", tensors["statistics"], where),
+            optimizer=tensors["optimizer"],
+        )
+
+    def load_latest(self, warn: Callable[[str], None]) -> LearnerState | None:
+        """The newest good checkpoint; damaged ones are passed over with a warning. None where there is none.
+
+        Raises CheckpointError where there are checkpoints and none is good: starting again from nothing
+        would hide the loss.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                return self.load(step)
+            except CheckpointError as error:
+                warn(f"{error} Trying the one before.")
+        if steps:
+            raise CheckpointError(
+                f"{self._directory.location}/checkpoints: none of {len(steps)} checkpoints is intact."
+                " Restore one, or start another run directory."
+            )
+        return None
+
+    def remove_old(self, keep: int, best: int | None) -> None:
+        """Removes all but the last `keep` checkpoints and the best one."""
+        for step in self.steps()[:-keep]:
+            if step != best:
+                place = f"{self._directory.path}/{_place(step)}"
+                # The manifest goes first: what is left of a half-removed checkpoint does not count.
+                self._directory.file_system.delete_file(f"{place}/manifest.json")
+                self._directory.file_system.delete_dir(place)
+
+    def _verified_files(self, place: str, where: str) -> dict[str, bytes]:
+        content = self._directory.read(f"{place}/manifest.json")
+        try:
+            digests = json.loads(content)["sha256"]
+            names = dict(digests)
+        except (ValueError, KeyError, TypeError):
+            raise CheckpointError(f"{where}: manifest.json is torn or altered. The checkpoint is not used.") from None
+        files = {}
+        for name, digest in names.items():
+            if not re.fullmatch(r"[a-z]+\.(safetensors|json)", name):
+                raise CheckpointError(f"{where}: manifest.json names the file {name!r}. The checkpoint is not used.")
+            if not self._directory.exists(f"{place}/{name}"):
+                raise CheckpointError(f"{where}: {name} is missing. The checkpoint is not used.")
+            files[name] = self._directory.read(f"{place}/{name}")
+            found = hashlib.sha256(files[name]).hexdigest()
+            if found != digest:
+                raise CheckpointError(
+                    f"{where}: {name} is torn or altered (SHA-256 {found[:12]}.., manifest {str(digest)[:12]}..)."
+                    " The checkpoint is not used."
+                )
+        return files
+
+    def _named(self, part: str, vector: np.ndarray) -> dict[str, np.ndarray]:
+        named: dict[str, np.ndarray] = {}
+        start = 0
+        for name, shape in self._layouts[part].shapes.items():
+            size = int(np.prod(shape))
+            named[name] = vector[start : start + size].reshape(shape)
+            start += size
+        return named
+
+    def _flat(self, part: str, tensors: dict[str, np.ndarray], where: str) -> np.ndarray:
+        shapes = self._layouts[part].shapes
+        found = {name: tuple(value.shape) for name, value in tensors.items()}
+        if found != {name: tuple(shape) for name, shape in shapes.items()}:
+            odd = sorted(set(found.items()) ^ {(name, tuple(shape)) for name, shape in shapes.items()})
+            raise CheckpointError(
+                f"{where}: {part} does not fit this model: {odd[0][0]} has another shape or is not there on both sides."
+                " Use the run's own config."
+            )
+        flat = [tensors[name].reshape(-1) for name in shapes]
+        return np.concatenate(flat).astype(np.float32) if flat else np.zeros(0, np.float32)
+
+
+class CheckpointWriter:
+    """Writes checkpoints in the background, one at a time; an error comes up at the next call."""
+
+    def __init__(self, checkpoints: Checkpoints, keep: int) -> None:
+        self._checkpoints = checkpoints
+        self._keep = keep
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._last: Future[Any] | None = None
+
+    def save(self, state: LearnerState, best: int | None) -> None:
+        """Begins to write; waits only while the one before is still being written."""
+        self.wait()
+        self._last = self._pool.submit(self._write, state, best)
+
+    def _write(self, state: LearnerState, best: int | None) -> None:
+        self._checkpoints.save(state)
+        self._checkpoints.remove_old(self._keep, best)
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on disk; raises what went wrong with it."""
+        if self._last is not None:
+            last, self._last = self._last, None
+            last.result()
+
+    def close(self) -> None:
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+
+
+def _place(step: int) -> str:
+    return f"checkpoints/{checkpoint_name(step)}"

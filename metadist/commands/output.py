@@ -1,0 +1,32 @@
+"""What every command shares: where text goes, and `--json`."""
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def json_option(function: F) -> F:
+    """`--json`: one JSON object on stdout, everything else on stderr."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, the rest on stderr.")(
+        function
+    )
+
+
+def progress_console() -> Console:
+    """For progress and notes: stderr, so that stdout holds results alone."""
+    return Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def result_console() -> Console:
+    """For results: stdout."""
+    return Console(soft_wrap=True, highlight=False)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """The one JSON object of a command."""
+    click.echo(json.dumps(value, indent=2, allow_nan=False))

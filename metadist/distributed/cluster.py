@@ -1,0 +1,85 @@
+"""Joining a Ray cluster, or starting a local one."""
+
+import logging
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import ray
+from ray.exceptions import AuthenticationError
+from rich.console import Console
+
+from metadist.config import ScalingSettings
+from metadist.distributed.placement import check_fits, resources_per_adapter
+from metadist.errors import ClusterError
+
+
+def connect(scaling: ScalingSettings, console: Console) -> Callable[[], None]:
+    """Connects this process to Ray, and checks that the adapters fit; gives what undoes it.
+
+    Joins `scaling.address`, else $RAY_ADDRESS, else starts a local cluster. A Ray that this process is
+    already connected to is used as it is and stays. Raises ClusterError.
+    """
+    if ray.is_initialized():
+        check_fits(scaling, _nodes(), _autoscaling())
+        return lambda: None
+    address = scaling.address or os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            console.print(f"Joining the Ray cluster at {address}")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            console.print("Starting a local Ray")
+            ray.init(
+                num_cpus=_local_cpus(scaling, console),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+            _keep_token_private()
+    except AuthenticationError as error:
+        raise ClusterError(
+            f"scaling.address: the cluster at {address} asks for a token that was not given or is wrong"
+            f" ({_first_line(error)}). Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token."
+        ) from None
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise ClusterError(
+            f"scaling.address: no Ray cluster can be joined at {address!r} ({_first_line(error)})."
+            " Check the address and that its head runs (`ray status`), or leave it out for a local Ray."
+        ) from None
+    try:
+        check_fits(scaling, _nodes(), _autoscaling())
+    except ClusterError:
+        ray.shutdown()
+        raise
+    return ray.shutdown
+
+
+def _local_cpus(scaling: ScalingSettings, console: Console) -> int:
+    """CPUs that a local Ray is told it has: this machine's, or more where more adapters are asked for."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    needed = math.ceil(scaling.worker_limits[0] * resources_per_adapter(scaling).get("CPU", 0))
+    if needed > cores:
+        console.print(f"[yellow]{scaling.worker_limits[0]} adapters share {cores} cores: no faster than fewer of them.")
+    return max(cores, needed)
+
+
+def _nodes() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _autoscaling() -> bool:
+    """Whether nodes may come that are not there yet."""
+    return False
+
+
+def _keep_token_private() -> None:
+    """A local Ray writes its token readable by everybody; nobody else has any business with it."""
+    token = Path.home() / ".ray" / "auth_token"
+    if token.exists():
+        token.chmod(0o600)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,60 @@
+"""What training asks of the machines, whatever they are: this process, or a Ray cluster."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from metadist.core.batch_norm import BatchNormPolicy
+from metadist.core.meta_gradient import EpisodeScores
+from metadist.core.plan import Plan, Range
+from metadist.distributed.learner import LearnerState
+
+Handle = Any
+"""Stands for a value that lies somewhere: the array itself in one process, an object reference with Ray."""
+
+
+@dataclass
+class Counters:
+    """What happened to the adapters in a run so far."""
+
+    adapters_lost: int = 0
+    chunks_recomputed: int = 0
+    learners_lost: int = 0
+
+
+class Executor(Protocol):
+    """Runs plans on adapters and keeps the learner. Every one gives the bits of the in-process one."""
+
+    counters: Counters
+
+    def start(self, state: LearnerState | None, expected: dict[str, Any] | None, stop: Callable[[], bool]) -> dict:
+        """Starts adapters and the learner; gives the numeric fingerprint.
+
+        `state` is what to go on from. Adapters whose fingerprint is not `expected` are refused. While it
+        waits for machines it asks `stop`, and raises InterruptedRun if that says so.
+        """
+
+    @property
+    def num_adapters(self) -> int:
+        """Adapters that are ready for work."""
+
+    def publish(self) -> Handle:
+        """The learner's theta and running statistics, to be given to `run` and `evaluate`."""
+
+    def run(self, plan: Plan, theta: Handle) -> dict[Range, Handle]:
+        """The sums of every range of the plan's chunks."""
+
+    def step(self, plan: Plan, theta: Handle, sums: dict[Range, Handle]) -> dict[str, float]:
+        """One outer step; gives its metrics. Raises LearnerLostError where the learner is gone."""
+
+    def evaluate(self, plan: Plan, theta: Handle, inner_steps: int, policies: list[BatchNormPolicy]) -> EpisodeScores:
+        """Scores of adapted models over a plan of evaluation episodes, in the order of their keys."""
+
+    def state(self) -> LearnerState:
+        """The learner's state. Raises LearnerLostError where the learner is gone."""
+
+    def replace_learner(self, state: LearnerState | None) -> None:
+        """A new learner in place of a lost one, going on from `state` (None: from the start)."""
+
+    def close(self) -> None:
+        """Ends every process that `start` began. May be called twice."""

@@ -1,0 +1,68 @@
+"""The learner: owns theta, the running statistics and the optimizer, and makes one outer step at a time.
+
+A plain class: the in-process executor holds one, and Ray runs it as an actor.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from metadist.core.meta_gradient import METRICS, Sums
+from metadist.core.outer import OuterLoop, OuterSettings
+from metadist.core.plan import Plan, Range
+from metadist.core.reduction import reduce_tree
+from metadist.experiment import Experiment
+
+STATISTICS_MOMENTUM = 0.1
+"""Weight of a step's batch-norm statistics in the running ones: torch's default."""
+
+
+@dataclass(frozen=True)
+class LearnerState:
+    """All that a run is after `step` steps, as float32 vectors."""
+
+    step: int
+    theta: np.ndarray
+    statistics: np.ndarray
+    optimizer: dict[str, np.ndarray] = field(default_factory=dict)
+    """The optimizer's tensors by name, `exp_avg: [theta]` and so on; empty before the first step."""
+
+
+class Learner:
+    """Holds the state of a run between steps."""
+
+    def __init__(self, experiment: Experiment, outer: OuterSettings, num_steps: int) -> None:
+        torch.set_num_threads(experiment.threads)
+        self._statistics = experiment.initial_statistics.copy()
+        self._loop = OuterLoop(outer, torch.tensor(experiment.initial_theta), num_steps)
+        self._step = 0
+
+    def publish(self) -> np.ndarray:
+        """Theta and the running statistics as one float32 vector, for the adapters."""
+        return np.concatenate([self._loop.theta.detach().numpy(), self._statistics])
+
+    def step(self, plan: Plan, sums: dict[Range, Sums]) -> dict[str, float]:
+        """One outer step on the sums of a plan's ranges; gives the step's metrics. Raises NonFiniteError."""
+        assert plan.step == self._step, f"the learner is at step {self._step}, not {plan.step}"
+        total = reduce_tree(Range(0, plan.num_chunks), sums.get, Sums.__add__)
+        mean = Sums(*(part / np.float32(plan.num_tasks) for part in total))
+        report = self._loop.step(self._step, torch.from_numpy(mean.gradient))
+        if self._statistics.size:
+            momentum = np.float32(STATISTICS_MOMENTUM)
+            self._statistics = (1 - momentum) * self._statistics + momentum * mean.statistics
+        self._step += 1
+        return dict(zip(METRICS, map(float, mean.metrics), strict=True)) | report
+
+    def state(self) -> LearnerState:
+        """A copy of everything, for a checkpoint."""
+        optimizer = {name: np.array(value.numpy()) for name, value in self._loop.optimizer_tensors().items()}
+        theta = self._loop.theta.detach().numpy().copy()
+        return LearnerState(self._step, theta, self._statistics.copy(), optimizer)
+
+    def restore(self, state: LearnerState) -> None:
+        """Goes on from a checkpoint's state."""
+        optimizer = {name: torch.tensor(value) for name, value in state.optimizer.items()}
+        self._loop.load(torch.tensor(state.theta), optimizer)
+        self._statistics = np.array(state.statistics)
+        self._step = state.step

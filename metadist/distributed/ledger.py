@@ -1,0 +1,68 @@
+"""The ledger of one plan: which ranges of chunks are open, with whom, and done. Only lost ones are done again."""
+
+from collections import deque
+from collections.abc import Hashable, Iterable
+
+from metadist.core.plan import Range
+from metadist.errors import AdapterError
+
+
+class Ledger:
+    """Keeps account of ranges by their state: open -> submitted -> done, and back to open when lost."""
+
+    def __init__(self, name: str, ranges: Iterable[Range]) -> None:
+        self.name = name
+        """What the plan is, for errors: "step 812"."""
+        self._open = deque(ranges)
+        self._submitted: dict[Range, Hashable] = {}
+        self._done: set[Range] = set()
+        self._errors: dict[Range, str] = {}
+        self._total = len(self._open)
+        self.chunks_lost = 0
+
+    @property
+    def complete(self) -> bool:
+        return len(self._done) == self._total
+
+    def submit(self, adapter: Hashable) -> Range | None:
+        """The next open range, now with `adapter`; None where no range is open."""
+        if not self._open:
+            return None
+        span = self._open.popleft()
+        self._submitted[span] = adapter
+        return span
+
+    def done(self, span: Range) -> bool:
+        """Notes a result; False for a duplicate, which is to be dropped."""
+        self._submitted.pop(span, None)
+        if span in self._done:
+            return False
+        self._done.add(span)
+        return True
+
+    def lost(self, adapter: Hashable) -> list[Range]:
+        """Opens again, first in line, all that a dead adapter had not finished."""
+        lost = [span for span, holder in self._submitted.items() if holder == adapter]
+        for span in lost:
+            self._reopen(span)
+        return lost
+
+    def result_lost(self, span: Range) -> None:
+        """Opens again a range whose result was done and is gone."""
+        self._done.discard(span)
+        self._reopen(span)
+
+    def failed(self, span: Range, error: Exception) -> None:
+        """Notes that a range raised; the same error twice stops the run, another chance is given once."""
+        message = str(error)
+        if self._errors.get(span) == message:
+            raise error
+        if span in self._errors:
+            raise AdapterError(f"{self.name}: chunks {span.start} to {span.stop - 1} failed twice: {message}") from error
+        self._errors[span] = message
+        self._reopen(span)
+
+    def _reopen(self, span: Range) -> None:
+        self._submitted.pop(span, None)
+        self._open.appendleft(span)
+        self.chunks_lost += span.stop - span.start

@@ -1,0 +1,233 @@
+"""Evaluation: a fixed list of episodes, adapted and scored after each inner step, with intervals."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from metadist.checkpoint import Checkpoints
+from metadist.config import Config, EvaluationSettings, config_from_document
+from metadist.config_file import parse_document
+from metadist.core.batch_norm import BatchNormPolicy, batch_norms
+from metadist.core.plan import plan_evaluation
+from metadist.distributed.executor import Executor
+from metadist.distributed.learner import LearnerState
+from metadist.distributed.start import make_executor
+from metadist.errors import RunDirectoryError
+from metadist.experiment import Experiment, check_splits, make_experiment
+from metadist.interrupts import interruptible
+from metadist.run_directory import RunDirectory
+
+Score = dict[str, float]
+"""`{"mean": .., "ci95": ..}`."""
+
+
+def mean_and_interval(values: np.ndarray) -> Score:
+    """Mean over episodes and the half width of its 95 % interval, 1.96 sigma / sqrt(n) as in the papers.
+
+    Sigma is the sample's standard deviation (n - 1); one episode has no interval (NaN).
+    """
+    exact = values.astype(np.float64)
+    spread = float(exact.std(ddof=1)) if len(exact) > 1 else math.nan
+    return {"mean": float(exact.mean()), "ci95": 1.96 * spread / math.sqrt(len(exact))}
+
+
+@dataclass(frozen=True)
+class PolicyScores:
+    """Scores under one batch-norm policy, per inner step from 0."""
+
+    batch_norm: str
+    loss: list[Score]
+    accuracy: list[Score]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of adapted models over a fixed list of episodes; the first policy is the run's own."""
+
+    split: str
+    episodes: int
+    seed: int
+    step: int
+    """Outer steps that the evaluated theta has behind it."""
+    policies: list[PolicyScores]
+
+    @property
+    def inner_steps(self) -> int:
+        return len(self.policies[0].loss) - 1
+
+    @property
+    def is_classification(self) -> bool:
+        return not math.isnan(self.policies[0].accuracy[0]["mean"])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as evaluation.json and `metadist evaluate --json` have them. NaN is null."""
+        own = self.policies[0]
+        result = {
+            "split": self.split,
+            "episodes": self.episodes,
+            "seed": self.seed,
+            "step": self.step,
+            "batch_norm": own.batch_norm,
+            "inner_steps": self.inner_steps,
+            "accuracy": own.accuracy[-1] if self.is_classification else None,
+            "loss": own.loss[-1],
+            "policies": [
+                {
+                    "batch_norm": policy.batch_norm,
+                    "per_inner_step": [
+                        {"inner_step": number, "loss": loss, "accuracy": accuracy if self.is_classification else None}
+                        for number, (loss, accuracy) in enumerate(zip(policy.loss, policy.accuracy, strict=True))
+                    ],
+                }
+                for policy in self.policies
+            ],
+        }
+        plain: dict[str, Any] = _nan_to_none(result)
+        return plain
+
+    def table(self) -> Table:
+        """One row an inner step (0, 1, 5, 10, .. and the last), one column a policy and score."""
+        title = f"{self.episodes} {self.split} episodes, theta of step {self.step}; mean and 95 % interval"
+        table = Table(title=title, title_justify="left")
+        table.add_column("inner steps", justify="right")
+        for policy in self.policies:
+            under = "" if policy.batch_norm == NO_BATCH_NORM else f" (batch norm: {policy.batch_norm})"
+            table.add_column(f"query loss{under}", justify="right")
+            if self.is_classification:
+                table.add_column(f"accuracy{under}", justify="right")
+        shown = [n for n in range(self.inner_steps + 1) if n <= 1 or n % 5 == 0 or n == self.inner_steps or n <= 3 >= self.inner_steps]
+        for number in shown:
+            cells = [str(number)]
+            for policy in self.policies:
+                loss, accuracy = policy.loss[number], policy.accuracy[number]
+                cells.append(f"{loss['mean']:.4f} ± {loss['ci95']:.4f}")
+                if self.is_classification:
+                    cells.append(f"{100 * accuracy['mean']:.2f} ± {100 * accuracy['ci95']:.2f} %")
+            table.add_row(*cells)
+        return table
+
+
+NO_BATCH_NORM = "none"
+"""Stands for the policy of a model that has no batch norm."""
+
+
+def evaluate_with(executor: Executor, config: Config, settings: EvaluationSettings) -> Evaluation:
+    """Evaluates the learner's theta on the executor's adapters, under the run's batch-norm policy and `support`."""
+    policy = config.training.batch_norm
+    policies: list[BatchNormPolicy] = [policy or "transductive"]
+    if policy is not None and policy != "support":
+        policies.append("support")
+    steps = config.inner_steps_at_test if settings.inner_steps is None else settings.inner_steps
+    plan = plan_evaluation(settings.seed, settings.split, settings.episodes, config.training.tasks_per_chunk)
+    scores = executor.evaluate(plan, executor.publish(), steps, policies)
+    names = policies if policy is not None else [NO_BATCH_NORM]
+    return Evaluation(
+        split=settings.split,
+        episodes=settings.episodes,
+        seed=settings.seed,
+        step=executor.state().step,
+        policies=[
+            PolicyScores(
+                name,
+                [mean_and_interval(scores.loss[index, :, number]) for number in range(steps + 1)],
+                [mean_and_interval(scores.accuracy[index, :, number]) for number in range(steps + 1)],
+            )
+            for index, name in enumerate(names)
+        ],
+    )
+
+
+def save_evaluation(
+    evaluation: Evaluation, directory: RunDirectory, config: Config, experiment: Experiment, state: LearnerState
+) -> None:
+    """Writes evaluation.json and its picture into the run directory."""
+    from metadist.pictures import draw_evaluation
+
+    directory.write_json("evaluation.json", evaluation.as_dict())
+    draw_evaluation(evaluation, directory.local, config, experiment, state)
+    directory.upload()
+
+
+def evaluate(
+    run_dir: str,
+    *,
+    split: str | None = None,
+    episodes: int | None = None,
+    seed: int | None = None,
+    step: int | None = None,
+    num_workers: int | None = None,
+    address: str | None = None,
+    config: Config | None = None,
+    console: Console | None = None,
+) -> Evaluation:
+    """Evaluates a run directory's newest checkpoint (or that of `step`), and writes evaluation.json and a picture.
+
+    What is left out is as the run's config has it. `config` is needed only where the run's task, model
+    or algorithm is an object of your own program. Raises UserError for wrong input.
+    """
+    console = console or Console(stderr=True)
+    directory = RunDirectory(run_dir)
+    try:
+        config = config or load_run_config(directory)
+        scaling: dict[str, Any] = {}
+        if num_workers is not None:
+            scaling["num_workers"] = num_workers
+        if address is not None:
+            scaling["address"] = address
+        config = dataclasses.replace(config, scaling=dataclasses.replace(config.scaling, **scaling))
+        asked = {"split": split, "episodes": episodes, "seed": seed}
+        settings = dataclasses.replace(config.evaluation, **{k: v for k, v in asked.items() if v is not None})
+        # Scores need no meta-gradient, so nothing is worth compiling.
+        experiment = dataclasses.replace(make_experiment(config), compile=False)
+        check_splits(experiment.source, settings.seed, [settings.split])
+        state = _load_state(directory, experiment, step, console)
+        with interruptible(console) as stop:
+            executor = make_executor(config, experiment, console)
+            try:
+                executor.start(state, None, stop)
+                evaluation = evaluate_with(executor, config, settings)
+            finally:
+                executor.close()
+        save_evaluation(evaluation, directory, config, experiment, state)
+        return evaluation
+    finally:
+        directory.close()
+
+
+def load_run_config(directory: RunDirectory) -> Config:
+    """The resolved config of a run. Raises RunDirectoryError or ConfigError."""
+    if not directory.exists("config.yaml"):
+        raise RunDirectoryError(
+            f"{directory.location} is no run directory: it holds no config.yaml."
+            " Give the directory that `metadist train` printed."
+        )
+    document = parse_document(directory.read("config.yaml").decode(), f"{directory.location}/config.yaml")
+    return config_from_document(document)
+
+
+def _load_state(directory: RunDirectory, experiment: Experiment, step: int | None, console: Console) -> LearnerState:
+    checkpoints = Checkpoints(directory, experiment.theta, experiment.network.statistics_layout)
+    saved = checkpoints.steps()
+    if step is not None and step not in saved:
+        has = ", ".join(map(str, saved)) or "none"
+        raise RunDirectoryError(f"{directory.location} has no checkpoint of step {step}; it has {has}. Choose one.")
+    if step is not None:
+        return checkpoints.load(step)
+    state = checkpoints.load_latest(lambda text: console.print(f"[yellow]{text}"))
+    if state is None:
+        raise RunDirectoryError(f"{directory.location} holds no checkpoint yet. Train it further.")
+    return state
+
+
+def _nan_to_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _nan_to_none(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_nan_to_none(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,120 @@
+"""From a config to the objects that compute: the one place where settings become a task source, a network, a theta."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from metadist.config import Config
+from metadist.core.algorithm import Algorithm
+from metadist.core.batch_norm import batch_norms
+from metadist.core.keys import TaskKey
+from metadist.core.meta_gradient import Strategy
+from metadist.core.network import Network, make_network
+from metadist.core.params import Layout
+from metadist.core.task_source import TaskSource
+from metadist.errors import ConfigError, ModelError
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that stays the same throughout a run. Adapters get it once, its arrays shared on a node."""
+
+    source: TaskSource
+    algorithm: Algorithm
+    network: Network
+    theta: Layout
+    initial_theta: np.ndarray
+    """float32 `[theta]`, drawn from the run's seed."""
+    initial_statistics: np.ndarray
+    """float32 `[statistics]`: running means 0 and variances 1; empty unless the policy is `running`."""
+    run_seed: int
+    chunk_size: int
+    strategy: Strategy
+    compile: bool
+    device: str
+    threads: int
+
+
+def make_experiment(config: Config) -> Experiment:
+    """Opens the task source and builds the model. Raises UserError where they do not fit each other."""
+    source = open_task(config.task)
+    module = _make_module(config, source)
+    training = config.training
+    if batch_norms(module) and training.batch_norm is None:
+        raise ConfigError(
+            "training.batch_norm must be given, since the model has batch norm: transductive (as MAML), support or"
+            " running. It decides what every accuracy means, so there is no default."
+        )
+    network = make_network(module, source.spec, training.batch_norm or "transductive")
+    model_params = {name: value.detach() for name, value in module.named_parameters()}
+    extra = config.algorithm.extra_parameters(model_params)
+    taken = sorted(set(extra) & set(model_params))
+    if taken:
+        raise ModelError(f"algorithm and model both have a parameter {taken[0]!r}. Rename the algorithm's.")
+    theta = Layout.of(model_params | extra)
+    has_convolutions = any(isinstance(layer, nn.modules.conv._ConvNd) for layer in module.modules())
+    device = "cuda" if config.scaling.use_gpu else "cpu"
+    return Experiment(
+        source=source,
+        algorithm=config.algorithm,
+        network=network,
+        theta=theta,
+        initial_theta=theta.flatten(model_params | extra).numpy().astype(np.float32),
+        initial_statistics=network.statistics_layout.flatten(network.statistics).numpy(),
+        run_seed=training.seed,
+        chunk_size=training.tasks_per_chunk,
+        strategy=_strategy(training.strategy, has_convolutions, device),
+        compile=has_convolutions if training.compile == "auto" else training.compile,
+        device=device,
+        threads=config.scaling.threads_per_worker,
+    )
+
+
+def open_task(task: Any) -> TaskSource:
+    """The source of a `task` section: what its `open()` gives, or the object itself where it has none."""
+    source = task.open() if hasattr(task, "open") else task
+    if not isinstance(source, TaskSource):
+        raise ConfigError(
+            f"task {type(task).__name__} is no task source: it needs `spec` and `sample(keys)`,"
+            " or `open()` that returns such an object. See metadist/core/task_source.py."
+        )
+    return source
+
+
+def check_splits(source: TaskSource, run_seed: int, splits: list[str]) -> None:
+    """Samples one episode of each split that a run will use, so that a wrong one fails before the first step."""
+    for split in splits:
+        keys = [TaskKey(run_seed, split, 0, 0)]
+        source.spec.check(source.sample(keys), keys, source)
+
+
+def _make_module(config: Config, source: TaskSource) -> nn.Module:
+    """The model with its initial weights, which depend on the run's seed alone."""
+    model = config.model
+    if isinstance(model, nn.Module):
+        return copy.deepcopy(model)
+    if not hasattr(model, "build"):
+        raise ConfigError(
+            f"model {type(model).__name__} is neither a torch nn.Module nor an object with `build(spec)` that"
+            " returns one. See metadist/models/mlp.py."
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.seed)
+        module = model.build(source.spec)
+    if not isinstance(module, nn.Module):
+        raise ModelError(f"model {type(model).__name__}: build(spec) must return an nn.Module, got {module!r}.")
+    return module
+
+
+def _strategy(asked: str, has_convolutions: bool, device: str) -> Strategy:
+    """The documented rule of `training.strategy: auto`.
+
+    On a CPU, convolutions over per-task weights run slower batched than one by one.
+    """
+    if asked == "auto":
+        return "loop" if has_convolutions and device == "cpu" else "vmap"
+    return "vmap" if asked == "vmap" else "loop"

@@ -1,0 +1,103 @@
+"""The journal of a run: what is shown, logged and saved beside the training loop, in an order that survives a kill."""
+
+import math
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+
+from metadist.checkpoint import Checkpoints, CheckpointWriter
+from metadist.config import Config
+from metadist.distributed.executor import Executor
+from metadist.distributed.learner import LearnerState
+from metadist.errors import LearnerLostError
+from metadist.experiment import Experiment
+from metadist.run_directory import RunDirectory
+from metadist.tracking import Progress, Tracker, read_metrics, without_nan
+
+
+class Journal:
+    """Metrics, progress, TensorBoard and checkpoints of one call of `fit`.
+
+    Metrics are flushed before the checkpoint of the same step is written; whatever a kill tears off
+    after that is cut away on resume and made again.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        experiment: Experiment,
+        directory: RunDirectory,
+        console: Console,
+        state: LearnerState | None,
+    ) -> None:
+        self._config, self._directory, self._console = config, directory, console
+        self._checkpoints = Checkpoints(directory, experiment.theta, experiment.network.statistics_layout)
+        self._writer = CheckpointWriter(self._checkpoints, config.run.checkpoint_config.num_to_keep)
+        self._failures = 0
+        self.last_metrics: dict[str, Any] = {}
+        step = state.step if state else 0
+        self._tracker = Tracker(directory.local, step, config.run.log_every)
+        self._progress = Progress(console, config.training.steps, step, config.training.meta_batch_size)
+
+    def __enter__(self) -> "Journal":
+        self._progress.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.__exit__(kind, error, trace)
+        self.close()
+
+    @property
+    def tasks_per_second(self) -> float:
+        return self._progress.tasks_per_second
+
+    def record(self, step: int, metrics: dict[str, float], executor: Executor) -> None:
+        """`step` steps are done, the last of them with these metrics."""
+        self.last_metrics = without_nan(metrics)
+        self._progress.step(step, metrics, executor.num_adapters, executor.counters.adapters_lost)
+        self._tracker.step(step, metrics, self.tasks_per_second, step == self._config.training.steps)
+
+    def validation(self, step: int, scores: dict[str, float]) -> None:
+        """Scores on the validation split after `step` steps."""
+        self._tracker.validation(step, scores)
+        accuracy = "" if math.isnan(scores["accuracy"]) else f"  accuracy {scores['accuracy']:.2%}"
+        self._console.print(f"step {step}  validation loss {scores['loss']:.4f}{accuracy}")
+
+    def checkpoint(self, state: LearnerState) -> None:
+        """Begins to write a checkpoint; training goes on meanwhile."""
+        self._tracker.flush()
+        self._directory.upload()
+        self._writer.save(state, self._best_step())
+
+    def recover(self, error: LearnerLostError) -> LearnerState | None:
+        """What to go on from after the learner was lost: the last checkpoint, None for the start."""
+        self._failures += 1
+        allowed = self._config.run.failure_config.max_failures
+        if 0 <= allowed < self._failures:
+            raise error
+        self._writer.wait()
+        state = self._checkpoints.load_latest(lambda text: self._console.print(f"[yellow]{text}"))
+        step = state.step if state else 0
+        self._console.print(f"[yellow]{error}. Going on from step {step}.")
+        self._tracker.rewind(step)
+        return state
+
+    def close(self) -> None:
+        """Everything is on disk. May be called twice."""
+        try:
+            self._writer.close()
+        finally:
+            self._tracker.close()
+
+    def _best_step(self) -> int | None:
+        """The checkpointed step with the best validation so far, by accuracy or else by loss."""
+        saved = set(self._checkpoints.steps())
+        scored = []
+        for line in read_metrics(self._directory.local):
+            if "val_loss" in line and line["step"] in saved:
+                accuracy = line["val_accuracy"]
+                scored.append((accuracy if accuracy is not None else -line["val_loss"], line["step"]))
+        return max(scored)[1] if scored else None

@@ -1,0 +1,120 @@
+"""Pictures of a run: accuracy or loss per inner step, adapted curves, training curves."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from metadist.config import Config
+from metadist.core.episode import Examples
+from metadist.core.keys import TaskKey
+from metadist.distributed.learner import LearnerState
+from metadist.experiment import Experiment, open_task
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from metadist.evaluation import Evaluation
+
+BLUE, ORANGE, GREY, BLACK = "#2a6fb0", "#d9731a", "#9a9a9a", "#222222"
+CURVE_POINTS = 300
+
+
+def draw_evaluation(
+    evaluation: "Evaluation", directory: Path, config: Config, experiment: Experiment, state: LearnerState
+) -> list[Path]:
+    """Draws what fits the task into `directory`; gives the files."""
+    files = [_save(_scores_per_step(evaluation), directory / "evaluation.png")]
+    curves = adapted_curves(config, experiment, state)
+    if curves is not None:
+        files.append(_save(curves, directory / "adapted_curves.png"))
+    return files
+
+
+def picture_of(evaluation: "Evaluation", directory: Path) -> Path:
+    """The picture that tells most about a run: its adapted curves where it has some."""
+    curves = directory / "adapted_curves.png"
+    return curves if curves.exists() else directory / "evaluation.png"
+
+
+def _scores_per_step(evaluation: "Evaluation") -> "Figure":
+    figure, axes = _figure(1)
+    axis = axes[0]
+    steps = range(evaluation.inner_steps + 1)
+    for policy, colour in zip(evaluation.policies, (BLUE, ORANGE), strict=False):
+        scores = policy.accuracy if evaluation.is_classification else policy.loss
+        scale = 100 if evaluation.is_classification else 1
+        mean = np.array([scale * score["mean"] for score in scores])
+        half = np.array([scale * score["ci95"] for score in scores])
+        axis.plot(steps, mean, "o-", color=colour, label=f"batch norm: {policy.batch_norm}", markersize=4)
+        axis.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
+    axis.set_xlabel("inner steps")
+    axis.set_ylabel("query accuracy, %" if evaluation.is_classification else "query loss")
+    axis.set_title(f"{evaluation.episodes} {evaluation.split} episodes, 95 % intervals", loc="left")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    if len(evaluation.policies) > 1:
+        axis.legend(frameon=False)
+    return figure
+
+
+def adapted_curves(config: Config, experiment: Experiment, state: LearnerState) -> "Figure | None":
+    """Four test tasks of a one-dimensional regression: the function, the support set, the model as it adapts.
+
+    None where the task is of another kind, or its number of query points cannot be chosen.
+    """
+    spec = experiment.source.spec
+    if spec.kind != "regression" or spec.input_shape != (1,) or spec.output_size != 1:
+        return None
+    if not dataclasses.is_dataclass(config.task) or not hasattr(config.task, "queries"):
+        return None
+    source = open_task(dataclasses.replace(config.task, queries=CURVE_POINTS))  # type: ignore[type-var]
+    keys = [TaskKey(config.evaluation.seed, config.evaluation.split, 0, task) for task in range(4)]
+    batch = source.sample(keys)
+    network = experiment.network.bind(torch.tensor(state.statistics), training=False)
+    meta = experiment.theta.unflatten(torch.tensor(state.theta))
+    last = config.inner_steps_at_test
+    figure, axes = _figure(len(keys))
+    for number, axis in enumerate(axes):
+        support = Examples(batch.support.x[number], batch.support.y[number])
+        x, order = torch.sort(batch.query.x[number], dim=0)
+        y = batch.query.y[number][order[:, 0]]
+        with torch.no_grad():
+            path = experiment.algorithm.adapt(network, meta, support, last)
+            outputs = [experiment.algorithm.predict(network, phi, support, x) for phi in path]
+        axis.plot(x[:, 0], y[:, 0], color=BLACK, linewidth=1.2, label="the task's function")
+        _draw_steps(axis, x, outputs, last)
+        axis.plot(support.x[:, 0], support.y[:, 0], "^", color=BLACK, markersize=6, label="support set")
+        axis.set_title(f"test task {number + 1}", loc="left")
+        axis.set_xlabel("x")
+    axes[0].set_ylabel("y")
+    axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def _draw_steps(axis: "Axes", x: torch.Tensor, outputs: list[torch.Tensor], last: int) -> None:
+    shown = sorted({0, min(1, last), last})
+    for step, colour, style in zip(shown, (GREY, ORANGE, BLUE), (":", "--", "-"), strict=False):
+        label = "before adapting" if step == 0 else f"after {step} step{'s' if step > 1 else ''}"
+        axis.plot(x[:, 0], outputs[step][:, 0], style, color=colour, label=label)
+
+
+def _figure(panels: int) -> "tuple[Figure, list[Axes]]":
+    # Without pyplot: no display is needed and no state is kept.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5 if panels == 1 else 3.2 * panels + 1.5, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25, linewidth=0.5)
+    return figure, list(axes)
+
+
+def _save(figure: "Figure", path: Path) -> Path:
+    figure.savefig(path, dpi=120)
+    return path

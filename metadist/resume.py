@@ -1,0 +1,72 @@
+"""Opening a run directory: a new run, or an earlier one to go on with."""
+
+from typing import Any, Literal
+
+import yaml
+from rich.console import Console
+
+from metadist.checkpoint import Checkpoints
+from metadist.config import Config, config_to_dict, differences
+from metadist.distributed.learner import LearnerState
+from metadist.errors import RunDirectoryError
+from metadist.experiment import Experiment
+from metadist.run_directory import RunDirectory
+
+Resume = Literal["auto", "never", "must"]
+
+
+def open_run(
+    directory: RunDirectory,
+    config: Config,
+    experiment: Experiment,
+    resume: Resume,
+    allow_numeric_drift: bool,
+    console: Console,
+) -> tuple[LearnerState | None, dict[str, Any] | None]:
+    """The state to go on from and the numeric fingerprint to keep to; None and None in a new run.
+
+    Writes config.yaml. Raises RunDirectoryError where the directory holds another run.
+    """
+    asked = config_to_dict(config)
+    checkpoints = Checkpoints(directory, experiment.theta, experiment.network.statistics_layout)
+    saved_steps = checkpoints.steps()
+    if saved_steps and resume == "never":
+        raise RunDirectoryError(
+            f"{directory.location} holds a run with checkpoints, and --resume never would write over it."
+            " Choose another --run-dir, or --resume auto."
+        )
+    if not saved_steps and resume == "must":
+        raise RunDirectoryError(
+            f"{directory.location} holds no checkpoint to go on from. Correct --run-dir, or use --resume auto."
+        )
+    if not saved_steps:
+        directory.create()
+        directory.write_yaml("config.yaml", asked)
+        return None, None
+    _refuse_other_run(directory, asked)
+    state = checkpoints.load_latest(lambda text: console.print(f"[yellow]{text}"))
+    assert state is not None
+    if state.step > config.training.steps:
+        raise RunDirectoryError(
+            f"{directory.location} is already at step {state.step}, beyond training.steps = {config.training.steps}."
+            " Raise training.steps, or choose another --run-dir."
+        )
+    directory.write_yaml("config.yaml", asked)
+    console.print(f"Going on from step {state.step} of {directory.location}")
+    expected = None if allow_numeric_drift else directory.read_json("fingerprint.json")
+    return state, expected
+
+
+def _refuse_other_run(directory: RunDirectory, asked: dict[str, Any]) -> None:
+    try:
+        different = differences(yaml.safe_load(directory.read("config.yaml")), asked)
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError):
+        raise RunDirectoryError(
+            f"{directory.location}/config.yaml is damaged or of another version, so it cannot be told whether this is"
+            " the same run. Restore it, or choose another --run-dir."
+        ) from None
+    if different:
+        raise RunDirectoryError(
+            f"{directory.location} holds a run of another config: {'; '.join(different)}."
+            " Choose another --run-dir, or use that run's config."
+        )
