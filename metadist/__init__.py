@@ -1,8 +1,8 @@
 """metadist: distributed meta-training on Ray.
 
-    config = metadist.load_config("configs/sinusoid_maml.yaml")
-    result = metadist.MetaTrainer(config).fit()
-    metadist.evaluate(result.run_dir)
+config = metadist.load_config("configs/sinusoid_maml.yaml")
+result = metadist.MetaTrainer(config).fit()
+metadist.evaluate(result.run_dir)
 """
 
 from importlib import import_module

@@ -3,8 +3,6 @@
 Exit status: 0 done; 2 the user's input is wrong; 1 a failure of ours; 130 interrupted.
 """
 
-import sys
-
 import click
 
 from metadist import __version__
@@ -24,6 +22,9 @@ class _Group(click.Group):
         except MetadistError as error:
             click.echo(f"{type(error).__name__}: {error}", err=True)
             context.exit(error.exit_status)
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            context.exit(130)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -38,7 +39,4 @@ for command in (train, evaluate, data, doctor):
 
 def main() -> None:
     """Runs the command line and exits."""
-    try:
-        cli(prog_name="metadist")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    cli(prog_name="metadist")

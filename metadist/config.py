@@ -262,15 +262,15 @@ def impossible(config: Config) -> list[tuple[str, str]]:
             )
         )
     if outer.final_lr > outer.lr:
-        problems.append(
-            ("outer.final_lr", f"must be at most outer.lr = {outer.lr}, got {outer.final_lr}. Lower it.")
-        )
+        problems.append(("outer.final_lr", f"must be at most outer.lr = {outer.lr}, got {outer.final_lr}. Lower it."))
     low, high = scaling.worker_limits
     if low > high:
         problems.append(("scaling.num_workers", f"is (min, max) and needs min <= max, got ({low}, {high}). Swap them."))
     name = config.run.name
     if name is not None and (not name or name in (".", "..") or "/" in name or "\\" in name):
-        problems.append(("run.name", f"must be the name of one directory, got {name!r}. Use run.storage_path for paths."))
+        problems.append(
+            ("run.name", f"must be the name of one directory, got {name!r}. Use run.storage_path for paths.")
+        )
     return problems
 
 
@@ -302,7 +302,9 @@ def _named_section(document: Document, section: str, known: dict[str, type], pro
 
 def _section(document: Document, section: str, kind: type, data: Any, problems: list[str]) -> Any:
     if not isinstance(data, dict):
-        problems.append(f"{section} must be a section of keys, got {data!r}{document.place((section,))}. Indent its keys.")
+        problems.append(
+            f"{section} must be a section of keys, got {data!r}{document.place((section,))}. Indent its keys."
+        )
         return None
     try:
         return TypeAdapter(kind).validate_json(json.dumps(data))

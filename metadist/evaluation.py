@@ -6,21 +6,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from metadist.checkpoint import Checkpoints
 from metadist.config import Config, EvaluationSettings, config_from_document
 from metadist.config_file import parse_document
-from metadist.core.batch_norm import BatchNormPolicy, batch_norms
+from metadist.core.batch_norm import BatchNormPolicy
 from metadist.core.plan import plan_evaluation
 from metadist.distributed.executor import Executor
 from metadist.distributed.learner import LearnerState
 from metadist.distributed.start import make_executor
 from metadist.errors import RunDirectoryError
 from metadist.experiment import Experiment, check_splits, make_experiment
-from metadist.interrupts import interruptible
 from metadist.run_directory import RunDirectory
 
 Score = dict[str, float]
@@ -101,7 +99,11 @@ class Evaluation:
             table.add_column(f"query loss{under}", justify="right")
             if self.is_classification:
                 table.add_column(f"accuracy{under}", justify="right")
-        shown = [n for n in range(self.inner_steps + 1) if n <= 1 or n % 5 == 0 or n == self.inner_steps or n <= 3 >= self.inner_steps]
+        shown = [
+            n
+            for n in range(self.inner_steps + 1)
+            if n <= 1 or n % 5 == 0 or n == self.inner_steps or n <= 3 >= self.inner_steps
+        ]
         for number in shown:
             cells = [str(number)]
             for policy in self.policies:
@@ -181,19 +183,18 @@ def evaluate(
         if address is not None:
             scaling["address"] = address
         config = dataclasses.replace(config, scaling=dataclasses.replace(config.scaling, **scaling))
-        asked = {"split": split, "episodes": episodes, "seed": seed}
+        asked: dict[str, Any] = {"split": split, "episodes": episodes, "seed": seed}
         settings = dataclasses.replace(config.evaluation, **{k: v for k, v in asked.items() if v is not None})
         # Scores need no meta-gradient, so nothing is worth compiling.
         experiment = dataclasses.replace(make_experiment(config), compile=False)
         check_splits(experiment.source, settings.seed, [settings.split])
         state = _load_state(directory, experiment, step, console)
-        with interruptible(console) as stop:
-            executor = make_executor(config, experiment, console)
-            try:
-                executor.start(state, None, stop)
-                evaluation = evaluate_with(executor, config, settings)
-            finally:
-                executor.close()
+        executor = make_executor(config, experiment, console)
+        try:
+            executor.start(state, None, lambda: False)
+            evaluation = evaluate_with(executor, config, settings)
+        finally:
+            executor.close()
         save_evaluation(evaluation, directory, config, experiment, state)
         return evaluation
     finally:

@@ -4,6 +4,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from rich.console import Console
 
@@ -15,7 +16,7 @@ def interruptible(console: Console) -> Iterator[Callable[[], bool]]:
     Outside of the main thread, where signals cannot be caught, the function always says no.
     """
     asked = False
-    before = {}
+    before: dict[int, Any] = {}
 
     def ask(number: int, frame: FrameType | None) -> None:
         nonlocal asked
@@ -31,5 +32,5 @@ def interruptible(console: Console) -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: asked
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for signal_number, handler in before.items():
+            signal.signal(signal_number, handler)

@@ -54,7 +54,7 @@ def _scores_per_step(evaluation: "Evaluation") -> "Figure":
     axis.set_xlabel("inner steps")
     axis.set_ylabel("query accuracy, %" if evaluation.is_classification else "query loss")
     axis.set_title(f"{evaluation.episodes} {evaluation.split} episodes, 95 % intervals", loc="left")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_xticks(list(steps))
     if len(evaluation.policies) > 1:
         axis.legend(frameon=False)
     return figure

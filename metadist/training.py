@@ -90,12 +90,11 @@ class MetaTrainer:
         with ExitStack() as stack:
             directory = RunDirectory(config.run_directory)
             stack.callback(directory.close)
-            state, expected = open_run(
-                directory, config, experiment, self._resume, self._allow_numeric_drift, console
-            )
-            stop = stack.enter_context(interruptible(console))
+            state, expected = open_run(directory, config, experiment, self._resume, self._allow_numeric_drift, console)
             executor = make_executor(config, experiment, console)
             stack.callback(executor.close)
+            # After Ray has started: it puts a SIGTERM handler of its own in place.
+            stop = stack.enter_context(interruptible(console))
             fingerprint = executor.start(state, expected, stop)
             directory.write_json("fingerprint.json", fingerprint)
             journal = stack.enter_context(Journal(config, experiment, directory, console, state))

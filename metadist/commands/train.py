@@ -78,7 +78,14 @@ def train(
     except InterruptedRun as interrupted:
         again = ["metadist", "train", config, "--run-dir", trainer.config.run_directory]
         again += [part for override in overrides for part in ("--set", override)]
-        again += [] if workers is None else ["--workers", ":".join(map(str, scaling.worker_limits)) if isinstance(workers, tuple) else str(workers)]
+        again += (
+            []
+            if workers is None
+            else [
+                "--workers",
+                ":".join(map(str, scaling.worker_limits)) if isinstance(workers, tuple) else str(workers),
+            ]
+        )
         again += ["--address", address] if address else []
         raise InterruptedRun(f"{interrupted} Go on with:\n  {shlex.join(again)}") from None
     if as_json:

@@ -81,9 +81,11 @@ class MetaGradient:
             total, losses = [], []
             for task in tasks:
                 parts = self._gradients(theta, statistics, *_task(batch, task))
-                total = [mine.add_(part) for mine, part in zip(total, parts, strict=True)] if total else [
-                    part.clone() for part in parts
-                ]
+                total = (
+                    [mine.add_(part) for mine, part in zip(total, parts, strict=True)]
+                    if total
+                    else [part.clone() for part in parts]
+                )
                 losses.append(parts[2])
             metrics = torch.stack(losses)
         sums = Sums(*(part.numpy(force=True) for part in total))
@@ -107,16 +109,18 @@ class MetaGradient:
         gradient, (seen, metrics) = torch.func.grad(objective, has_aux=True)(theta)
         return gradient, seen, metrics
 
-    def _raise_non_finite(
-        self, theta: Tensor, statistics: Tensor, batch: EpisodeBatch, keys: list[TaskKey]
-    ) -> None:
+    def _raise_non_finite(self, theta: Tensor, statistics: Tensor, batch: EpisodeBatch, keys: list[TaskKey]) -> None:
         """Finds the first bad task of a chunk whose sums are not finite, and names it."""
         for task, key in enumerate(keys):
             gradient, _, metrics = self._task_gradient(theta, statistics, *_task(batch, task))
             loss = float(metrics[0])
             if not np.isfinite(loss) or not torch.isfinite(gradient).all():
-                what = f"query loss is {loss:g}" + ("" if not np.isfinite(loss) else ", its meta-gradient is not finite")
-                raise NonFiniteError(f"task {key}: {what}. Lower algorithm.inner_lr or outer.lr, or set outer.clip_norm.")
+                what = f"query loss is {loss:g}" + (
+                    "" if not np.isfinite(loss) else ", its meta-gradient is not finite"
+                )
+                raise NonFiniteError(
+                    f"task {key}: {what}. Lower algorithm.inner_lr or outer.lr, or set outer.clip_norm."
+                )
         raise NonFiniteError(
             f"tasks {keys[0]} to {keys[-1]}: the sum of their meta-gradients overflows float32, though each is finite."
             " Lower algorithm.inner_lr or outer.lr."

@@ -79,9 +79,7 @@ class Network:
         if self.policy != "running":
             return x.new_zeros(0)
         module = self.skeletons["record"]
-        functional_call(
-            module, self.constants | {name: params[name].detach() for name in self.parameters.shapes}, (x,)
-        )
+        functional_call(module, self.constants | {name: params[name].detach() for name in self.parameters.shapes}, (x,))
         recorded = {}
         for name, layer in module.named_modules():
             if isinstance(layer, EpisodicBatchNorm):

@@ -70,11 +70,19 @@ class OuterLoop:
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         outer = self.settings
-        common = {"lr": outer.lr, "weight_decay": outer.weight_decay, "foreach": False}
         if outer.optimizer == "sgd":
-            return torch.optim.SGD([self.theta], momentum=outer.momentum, **common)
+            return torch.optim.SGD(
+                [self.theta], lr=outer.lr, momentum=outer.momentum, weight_decay=outer.weight_decay, foreach=False
+            )
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[outer.optimizer]
-        return kind([self.theta], betas=outer.betas, eps=outer.eps, **common)
+        return kind(
+            [self.theta],
+            lr=outer.lr,
+            betas=outer.betas,
+            eps=outer.eps,
+            weight_decay=outer.weight_decay,
+            foreach=False,
+        )
 
     def step(self, step: int, gradient: Tensor) -> dict[str, float]:
         """One update; gives the rate and the gradient's norm before clipping. Raises NonFiniteError."""

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from rich.console import Console
 from metadist.config import ScalingSettings
 from metadist.distributed.placement import check_fits, resources_per_adapter
 from metadist.errors import ClusterError
+
+CONNECT_TIMEOUT_S = 10.0
 
 
 def connect(scaling: ScalingSettings, console: Console) -> Callable[[], None]:
@@ -27,6 +30,7 @@ def connect(scaling: ScalingSettings, console: Console) -> Callable[[], None]:
     address = scaling.address or os.environ.get("RAY_ADDRESS")
     try:
         if address:
+            _check_answers(address)
             console.print(f"Joining the Ray cluster at {address}")
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
@@ -54,6 +58,25 @@ def connect(scaling: ScalingSettings, console: Console) -> Callable[[], None]:
         ray.shutdown()
         raise
     return ray.shutdown
+
+
+def _check_answers(address: str) -> None:
+    """Raises ClusterError unless somebody listens at HOST:PORT: Ray itself would wait for many minutes."""
+    host, _, port = address.rpartition(":")
+    if address in ("auto", "local"):
+        return
+    if "://" in address or not host or not port.isdigit():
+        raise ClusterError(
+            f"scaling.address must be HOST:PORT of a Ray head (usually port 6379) or 'auto', got {address!r}."
+            " To use a Ray dashboard's http:// address, run this command through `ray job submit`."
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ClusterError(
+            f"scaling.address: nothing answers at {address!r} ({error}). Check the address and that the head runs"
+            " (`ray status`), or leave it out for a local Ray."
+        ) from None
 
 
 def _local_cpus(scaling: ScalingSettings, console: Console) -> int:

@@ -10,7 +10,9 @@ def refuse_other(found: dict[str, Any], expected: dict[str, Any] | None, who: st
     if expected is None or found == expected:
         return
     different = [f"{key} {expected.get(key)!r} there, {found.get(key)!r} here" for key in found | expected]
-    different = [text for text, key in zip(different, found | expected, strict=True) if found.get(key) != expected.get(key)]
+    different = [
+        text for text, key in zip(different, found | expected, strict=True) if found.get(key) != expected.get(key)
+    ]
     raise FingerprintError(
         f"{who} computes other bits than this run did so far: {'; '.join(different)}."
         " Use the same versions and hardware, or resume with --allow-numeric-drift."

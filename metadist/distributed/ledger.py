@@ -58,7 +58,9 @@ class Ledger:
         if self._errors.get(span) == message:
             raise error
         if span in self._errors:
-            raise AdapterError(f"{self.name}: chunks {span.start} to {span.stop - 1} failed twice: {message}") from error
+            raise AdapterError(
+                f"{self.name}: chunks {span.start} to {span.stop - 1} failed twice: {message}"
+            ) from error
         self._errors[span] = message
         self._reopen(span)
 

@@ -141,7 +141,9 @@ class RayExecutor:
 
     def run(self, plan: Plan, theta: ray.ObjectRef) -> dict[Range, ray.ObjectRef]:
         ledger = Ledger(f"step {plan.step}", plan.ranges(self.num_adapters))
-        return self._compute(ledger, lambda slot, span: slot.actor.sum_range.options(num_returns=2).remote(plan, span, theta))
+        return self._compute(
+            ledger, lambda slot, span: slot.actor.sum_range.options(num_returns=2).remote(plan, span, theta)
+        )
 
     def step(self, plan: Plan, theta: ray.ObjectRef, sums: dict[Range, ray.ObjectRef]) -> dict[str, float]:
         while True:
@@ -152,7 +154,9 @@ class RayExecutor:
                 return report
             ledger = Ledger(f"step {plan.step}", report)
             self.counters.chunks_recomputed += sum(span.stop - span.start for span in report)
-            sums |= self._compute(ledger, lambda slot, span: slot.actor.sum_range.options(num_returns=2).remote(plan, span, theta))
+            sums |= self._compute(
+                ledger, lambda slot, span: slot.actor.sum_range.options(num_returns=2).remote(plan, span, theta)
+            )
 
     def evaluate(
         self, plan: Plan, theta: ray.ObjectRef, inner_steps: int, policies: list[BatchNormPolicy]
@@ -160,7 +164,8 @@ class RayExecutor:
         # Four ranges an adapter: short enough to share the work evenly, long enough to outweigh the calls.
         ledger = Ledger("evaluation", plan.ranges(4 * self.num_adapters))
         found = self._compute(
-            ledger, lambda slot, span: slot.actor.score_range.options(num_returns=2).remote(
+            ledger,
+            lambda slot, span: slot.actor.score_range.options(num_returns=2).remote(
                 plan, span, theta, inner_steps, policies
             ),
         )
@@ -251,7 +256,7 @@ class RayExecutor:
             )
 
     def _new_slot(self) -> _Slot:
-        actor = ray.remote(AdapterActor).options(**adapter_options(self._scaling)).remote()
+        actor: Any = ray.remote(AdapterActor).options(**adapter_options(self._scaling)).remote()
         return _Slot(actor, actor.prepare.remote(self._experiment))
 
     def _admit(self, slot: _Slot) -> None:

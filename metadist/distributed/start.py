@@ -9,7 +9,7 @@ from metadist.experiment import Experiment
 
 
 def make_executor(config: Config, experiment: Experiment, console: Console) -> Executor:
-    """The in-process executor for `scaling.num_workers: 0`, otherwise one on a Ray cluster, which it joins or starts."""
+    """The in-process executor for `scaling.num_workers: 0`, else one on a Ray cluster, joined or started."""
     arguments = (experiment, config.outer, config.training.steps)
     if config.scaling.worker_limits[1] == 0:
         return InProcessExecutor(*arguments)

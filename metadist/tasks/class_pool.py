@@ -34,8 +34,15 @@ MAX_IMAGE_PIXELS = 4096 * 4096
 """Larger images are refused: few-shot episodes hold hundreds of them."""
 
 UNREADABLE_IMAGE = (
-    *(OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError),
-    *(struct.error, Image.DecompressionBombError),
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    EOFError,
+    LookupError,
+    ArithmeticError,
+    struct.error,
+    Image.DecompressionBombError,
 )
 """What Pillow raises for files that are no images, or broken ones."""
 
@@ -110,7 +117,7 @@ def read_pool(path: str) -> ClassPool:
     first = table.take(pa.array(order[starts[:-1]]))
     table = table.take(pa.array(order))
     kind = "image" if "image" in table.column_names else "features"
-    examples = (_decode_images if kind == "image" else _decode_features)(table, path)
+    examples = (_decode_images if kind == "image" else _decode_features)(table, order, path)
     has_superclass = "superclass" in table.column_names
     return ClassPool(
         path=path,
@@ -172,7 +179,7 @@ def _group_by_class(table: pa.Table, path: str) -> tuple[list[str], np.ndarray, 
     splits = table["split"].to_numpy(zero_copy_only=False).astype(str)
     unknown = sorted(set(splits) - set(SPLITS))
     if unknown:
-        raise DataError(f"{path}: column 'split' must hold train, val or test, got {unknown[0]!r}. Rename it.")
+        raise DataError(f"{path}: column 'split' must hold train, val or test, got {str(unknown[0])!r}. Rename it.")
     for index, name in enumerate(classes):
         found = set(splits[order[starts[index] : starts[index + 1]]])
         if len(found) > 1:
@@ -183,7 +190,7 @@ def _group_by_class(table: pa.Table, path: str) -> tuple[list[str], np.ndarray, 
     return [str(name) for name in classes], order, starts
 
 
-def _decode_images(table: pa.Table, path: str) -> np.ndarray:
+def _decode_images(table: pa.Table, order: np.ndarray, path: str) -> np.ndarray:
     if not (pa.types.is_binary(table.schema.field("image").type) or pa.types.is_large_binary(table["image"].type)):
         raise DataError(
             f"{path}: column 'image' must hold encoded files as binary, got {table['image'].type}."
@@ -191,7 +198,7 @@ def _decode_images(table: pa.Table, path: str) -> np.ndarray:
         )
     images: np.ndarray | None = None
     for row, (name, data) in enumerate(_cells(table, "image")):
-        where = f"{path}: class {name!r}, example {row}"
+        where = f"{path}: class {name!r}, row {order[row]} of the file"
         pixels = decode_image(data, where)
         if images is None:
             images = np.empty((table.num_rows, *pixels.shape), np.uint8)
@@ -231,7 +238,7 @@ def decode_image(data: bytes | None, where: str) -> np.ndarray:
     return pixels[None] if grey else np.moveaxis(pixels, 2, 0)
 
 
-def _decode_features(table: pa.Table, path: str) -> np.ndarray:
+def _decode_features(table: pa.Table, order: np.ndarray, path: str) -> np.ndarray:
     kind = table["features"].type
     is_list = pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind) or pa.types.is_large_list(kind)
     if not is_list or not (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)):
@@ -239,7 +246,7 @@ def _decode_features(table: pa.Table, path: str) -> np.ndarray:
     width: int | None = None
     rows = []
     for row, (name, vector) in enumerate(_cells(table, "features")):
-        where = f"{path}: class {name!r}, example {row}"
+        where = f"{path}: class {name!r}, row {order[row]} of the file"
         if not vector:
             raise DataError(f"{where}: the vector is missing or empty. Remove the row or fill it.")
         width = len(vector) if width is None else width

@@ -8,7 +8,8 @@ from hashlib import md5
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image, ImageOps
+import numpy as np
+from PIL import Image
 
 from metadist.core.keys import SPLITS
 from metadist.errors import DataError
@@ -76,9 +77,9 @@ def import_omniglot(
     or unpacked; where there is none, they are downloaded to the directory `cache`. The pool holds unrotated
     characters only: `task.rotate_classes` makes each of them four classes while episodes are drawn.
 
-    `finn`: 1,100 train, 100 val and 423 test characters at random, as in the code of Finn et al. 2017
-    (cbfinn/maml, data_generator.py). Their shuffle depends on the order of a directory listing; ours is
-    `shuffled(characters, seed)`. `vinyals`: the 1,028, 172 and 423 of Vinyals et al. 2016, from lists beside
+    `finn`: 1,100 train, 100 val and 423 test characters at random, as many as in the code of Finn et al.
+    2017 (cbfinn/maml, data_generator.py, whose flag `test_set` picks the 100). Their shuffle depends on the
+    order of a directory listing; ours is `shuffled(characters, seed)`. `vinyals`: the 1,028, 172 and 423 of Vinyals et al. 2016, from lists beside
     the images.
 
     Images are turned from 1 bit to grey before they are resized. Finn et al. ask Pillow for Lanczos on
@@ -216,8 +217,8 @@ def _rows(
         progress("characters", done, len(drawings))
         for tree, member in images:
             pixels = decode_image(tree.read(member), tree.where(member))[0]
-            image = ImageOps.invert(Image.fromarray(pixels).resize((size, size), method))
+            scaled = Image.fromarray(pixels).resize((size, size), method)
             file = io.BytesIO()
-            image.save(file, "PNG")
+            Image.fromarray(255 - np.asarray(scaled)).save(file, "PNG")
             yield PoolRow(character, character.split("/")[0], splits[character], image=file.getvalue())
     progress("characters", len(drawings), len(drawings))
