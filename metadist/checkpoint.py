@@ -13,13 +13,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from pyarrow import fs
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from metadist.core.params import Layout
 from metadist.distributed.learner import LearnerState
 from metadist.errors import CheckpointError
+from metadist.files import writing
 from metadist.run_directory import RunDirectory
 
 FORMAT = 1
@@ -39,8 +39,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints whose manifest is there, in order; they may still turn out to be altered."""
-        selector = fs.FileSelector(f"{self._directory.path}/checkpoints", allow_not_found=True)
-        names = [info.base_name for info in self._directory.file_system.get_file_info(selector)]
+        names = self._directory.names("checkpoints")
         found = sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
         return [step for step in found if self._directory.exists(f"{_place(step)}/manifest.json")]
 
@@ -55,7 +54,7 @@ class Checkpoints:
         files["state.json"] = json.dumps({"format": FORMAT, "step": state.step}).encode()
         manifest = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
         place = _place(state.step)
-        self._directory.file_system.create_dir(f"{self._directory.path}/{place}", recursive=True)
+        self._directory.make(place)
         for name, content in files.items():
             self._directory.write(f"{place}/{name}", content)
         self._directory.write_json(f"{place}/manifest.json", {"format": FORMAT, "sha256": manifest})
@@ -70,7 +69,7 @@ class Checkpoints:
             tensors = {name: load(files[f"{name}.safetensors"]) for name in ("theta", "statistics", "optimizer")}
         except (KeyError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"{where}: not a checkpoint of this version ({error}). Remove it.") from None
-        if state.get("format") != FORMAT or state.get("step") != step:
+        if state != {"format": FORMAT, "step": step}:
             raise CheckpointError(f"{where}: state.json is of another format or step. Remove the checkpoint.")
         return LearnerState(
             step=step,
@@ -103,9 +102,10 @@ class Checkpoints:
         for step in self.steps()[:-keep]:
             if step != best:
                 place = f"{self._directory.path}/{_place(step)}"
-                # The manifest goes first: what is left of a half-removed checkpoint does not count.
-                self._directory.file_system.delete_file(f"{place}/manifest.json")
-                self._directory.file_system.delete_dir(place)
+                with writing(f"{self._directory.location}/{_place(step)}"):
+                    # The manifest goes first: what is left of a half-removed checkpoint does not count.
+                    self._directory.file_system.delete_file(f"{place}/manifest.json")
+                    self._directory.file_system.delete_dir(place)
 
     def _verified_files(self, place: str, where: str) -> dict[str, bytes]:
         content = self._directory.read(f"{place}/manifest.json")
@@ -121,10 +121,9 @@ class Checkpoints:
             if not self._directory.exists(f"{place}/{name}"):
                 raise CheckpointError(f"{where}: {name} is missing. The checkpoint is not used.")
             files[name] = self._directory.read(f"{place}/{name}")
-            found = hashlib.sha256(files[name]).hexdigest()
-            if found != digest:
+            if hashlib.sha256(files[name]).hexdigest() != digest:
                 raise CheckpointError(
-                    f"{where}: {name} is torn or altered (SHA-256 {found[:12]}.., manifest {str(digest)[:12]}..)."
+                    f"{where}: {name} has not the SHA-256 that manifest.json gives: one of them is torn or altered."
                     " The checkpoint is not used."
                 )
         return files

@@ -180,7 +180,8 @@ def config_from_document(document: Document) -> Config:
     for section, known in named.items():
         sections[section] = _named_section(document, section, known, problems)
     for section, kind in _FIXED_SECTIONS.items():
-        sections[section] = _section(document, section, kind, document.data.get(section) or {}, problems)
+        data = document.data.get(section)
+        sections[section] = _section(document, section, kind, {} if data is None else data, problems)
     if problems:
         raise ConfigError("\n".join(problems))
     try:
@@ -222,7 +223,7 @@ def differences(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]
     Scaling, storage and evaluation may differ, and the number of steps where no schedule depends on it.
     """
     found = []
-    for section in saved:
+    for section in {**saved, **asked}:
         if section in _MAY_DIFFER_ON_RESUME:
             continue
         for key in {**saved[section], **asked.get(section, {})}:
@@ -252,7 +253,10 @@ def impossible(config: Config) -> list[tuple[str, str]]:
         )
     if outer.optimizer != "sgd" and outer.momentum:
         problems.append(
-            ("outer.momentum", f"is for outer.optimizer: sgd, got {outer.optimizer}. Use outer.betas or sgd.")
+            (
+                "outer.momentum",
+                f"is for outer.optimizer: sgd, got {outer.momentum} with {outer.optimizer}. Use outer.betas or sgd.",
+            )
         )
     if outer.warmup_steps >= training.steps and outer.warmup_steps:
         problems.append(
@@ -266,6 +270,8 @@ def impossible(config: Config) -> list[tuple[str, str]]:
     low, high = scaling.worker_limits
     if low > high:
         problems.append(("scaling.num_workers", f"is (min, max) and needs min <= max, got ({low}, {high}). Swap them."))
+    if not config.run.storage_path:
+        problems.append(("run.storage_path", "must be a directory or a URI, got ''. Use . for the current directory."))
     name = config.run.name
     if name is not None and (not name or name in (".", "..") or "/" in name or "\\" in name):
         problems.append(
@@ -289,7 +295,7 @@ def _named_section(document: Document, section: str, known: dict[str, type], pro
             f" hold it. Use the Python API with `{section}=...`, or make it an entry point metadist.{section}s."
         )
         return None
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         near = difflib.get_close_matches(str(name), known, n=1)
         hint = f"Did you mean {near[0]!r}?" if near else "Others come from entry points: is their package installed?"
         problems.append(
@@ -339,12 +345,13 @@ def _explain(document: Document, section: str, kind: type, error: ValidationErro
 
 
 def _rule(item: Any) -> str:
-    context = item.get("ctx", {})
+    context = {key: f"{value:g}" if isinstance(value, float) else value for key, value in item.get("ctx", {}).items()}
     simple = {
-        "greater_than": "> {gt:g}",
-        "greater_than_equal": ">= {ge:g}",
-        "less_than": "< {lt:g}",
-        "less_than_equal": "<= {le:g}",
+        "greater_than": "> {gt}",
+        "greater_than_equal": ">= {ge}",
+        "less_than": "< {lt}",
+        "less_than_equal": "<= {le}",
+        "finite_number": "a finite number",
         "literal_error": "{expected}",
         "too_long": "a list of {max_length} values",
         "too_short": "a list of at least {min_length} values",
@@ -358,17 +365,23 @@ def _rule(item: Any) -> str:
 
 
 def _try(value: Any, rules: list[str]) -> str:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if number and value < 0 and any(rule.startswith(">") for rule in rules):
-        return f" Try {-value:g}."
+    if any(rule.startswith("one of") for rule in rules):
+        return " Choose one of these."
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        if any(rule.startswith(">") for rule in rules):
+            return f" Try {-value}." if value < 0 else " Raise it."
+        if any(rule.startswith("<") for rule in rules):
+            return " Lower it."
+        if "a whole number" in rules:
+            return f" Try {round(value)}."
+        if "text" in rules:
+            return f" Write '{value}' in quotes."
     if isinstance(value, str) and any("number" in rule for rule in rules):
         try:
             return f" Write {yaml.safe_load(repr(float(value)))!r} without quotes."
         except ValueError:
             return " Write a number."
-    if number and any(rule.startswith("one of") for rule in rules):
-        return " Choose one of these."
-    return " Correct it."
+    return " Write a value, or leave the key out." if value is None else " Correct it."
 
 
 def _fields_at(kind: type, path: Sequence[str | int]) -> list[str]:

@@ -14,9 +14,13 @@ KeyPath = tuple[str | int, ...]
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-3 as a number, as YAML 1.2 does and everybody expects."""
+    """Safe YAML that reads 1e-3 as a number and 2024-05-01 as text, as YAML 1.2 does and everybody expects."""
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
@@ -40,6 +44,8 @@ class Document:
                 return " (--set)"
             if path[:length] in self.lines:
                 return f" ({self.file}, line {self.lines[path[:length]]})"
+            if any(overridden[:length] == path[:length] for overridden in self.overridden):
+                return " (--set)"
         return f" ({self.file})"
 
     def placed(self, key: str, rule: str) -> str:
@@ -77,8 +83,10 @@ class Document:
             )
         try:
             value = _plain(yaml.load(text, _Loader), f"--set {key}")
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {key}: {text!r} is not a YAML value ({error}). Quote it.") from error
+        except (yaml.YAMLError, RecursionError) as error:
+            raise ConfigError(
+                f"--set {key}: {text!r} is not a YAML value ({_problem(error)}). Check its brackets and quotes."
+            ) from None
         section: Any = self.data
         for part in path[:-1]:
             if section.get(part) is None:
@@ -103,21 +111,19 @@ def read_document(path: str) -> Document:
 
 def parse_document(text: str, file: str) -> Document:
     """The document in `text`; `file` is what errors call it."""
-    loader = _Loader(text)
+    lines: dict[KeyPath, int] = {}
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
-        lines: dict[KeyPath, int] = {}
         if node is not None:
             _walk(node, (), lines, file)
         data = None if node is None else loader.construct_document(node)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{file}, line {mark.line + 1}" if mark else file
+    except (yaml.YAMLError, RecursionError) as error:
+        line = _line(error, text)
         raise ConfigError(
-            f"{place}: not valid YAML ({getattr(error, 'problem', None) or error}). Check indentation and quotes there."
+            f"{file}{f', line {line}' if line else ''}: not valid YAML ({_problem(error)})."
+            " Check indentation and quotes there."
         ) from None
-    finally:
-        loader.dispose()
     if not isinstance(data, dict):
         raise ConfigError(
             f"{file}: a config is a mapping of sections (task, model, algorithm, ...), got"
@@ -126,11 +132,28 @@ def parse_document(text: str, file: str) -> Document:
     return Document(file, _plain(data, file), lines, set())
 
 
+def _line(error: Exception, text: str) -> int | None:
+    if isinstance(error, yaml.reader.ReaderError):
+        return text.count("\n", 0, error.position) + 1
+    mark = getattr(error, "problem_mark", None)
+    return mark.line + 1 if mark else None
+
+
+def _problem(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "a section that holds itself, or too many brackets"
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"the character {error.character:#04x} is no text"
+    return str(getattr(error, "problem", None) or error)
+
+
 def _walk(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], file: str) -> None:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            inner = (*path, key.value)
             line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError(f"{file}, line {line}: a key must be text, got a list or a section. Name the key.")
+            inner = (*path, key.value)
             if inner in lines:
                 raise ConfigError(
                     f"{'.'.join(map(str, inner))} is written twice ({file}, lines {lines[inner]} and {line})."

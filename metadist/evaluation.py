@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from metadist.checkpoint import Checkpoints
 from metadist.config import Config, EvaluationSettings, config_from_document
@@ -17,8 +18,9 @@ from metadist.core.plan import plan_evaluation
 from metadist.distributed.executor import Executor
 from metadist.distributed.learner import LearnerState
 from metadist.distributed.start import make_executor
-from metadist.errors import RunDirectoryError
+from metadist.errors import CheckpointError, RunDirectoryError
 from metadist.experiment import Experiment, check_splits, make_experiment
+from metadist.files import writing
 from metadist.run_directory import RunDirectory
 
 Score = dict[str, float]
@@ -152,7 +154,8 @@ def save_evaluation(
     from metadist.pictures import draw_evaluation
 
     directory.write_json("evaluation.json", evaluation.as_dict())
-    draw_evaluation(evaluation, directory.local, config, experiment, state)
+    with writing(str(directory.local)):
+        draw_evaluation(evaluation, directory.local, config, experiment, state)
     directory.upload()
 
 
@@ -208,8 +211,12 @@ def load_run_config(directory: RunDirectory) -> Config:
             f"{directory.location} is no run directory: it holds no config.yaml."
             " Give the directory that `metadist train` printed."
         )
-    document = parse_document(directory.read("config.yaml").decode(), f"{directory.location}/config.yaml")
-    return config_from_document(document)
+    place = f"{directory.location}/config.yaml"
+    try:
+        text = directory.read("config.yaml").decode()
+    except UnicodeDecodeError:
+        raise RunDirectoryError(f"{place} is damaged: it is no text. Restore it.") from None
+    return config_from_document(parse_document(text, place))
 
 
 def _load_state(directory: RunDirectory, experiment: Experiment, step: int | None, console: Console) -> LearnerState:
@@ -219,8 +226,12 @@ def _load_state(directory: RunDirectory, experiment: Experiment, step: int | Non
         has = ", ".join(map(str, saved)) or "none"
         raise RunDirectoryError(f"{directory.location} has no checkpoint of step {step}; it has {has}. Choose one.")
     if step is not None:
-        return checkpoints.load(step)
-    state = checkpoints.load_latest(lambda text: console.print(f"[yellow]{text}"))
+        try:
+            return checkpoints.load(step)
+        except CheckpointError as error:
+            others = ", ".join(str(other) for other in saved if other != step) or "none"
+            raise CheckpointError(f"{error} Choose another --step; there are {others}.") from None
+    state = checkpoints.load_latest(lambda text: console.print(Text(text, "yellow")))
     if state is None:
         raise RunDirectoryError(f"{directory.location} holds no checkpoint yet. Train it further.")
     return state

@@ -47,7 +47,8 @@ def make_experiment(config: Config) -> Experiment:
     if batch_norms(module) and training.batch_norm is None:
         raise ConfigError(
             "training.batch_norm must be given, since the model has batch norm: transductive (as MAML), support or"
-            " running. It decides what every accuracy means, so there is no default."
+            " running. It decides what every accuracy means, so there is no default. As in MAML's own code:"
+            " --set training.batch_norm=transductive."
         )
     network = make_network(module, source.spec, training.batch_norm or "transductive")
     model_params = {name: value.detach() for name, value in module.named_parameters()}

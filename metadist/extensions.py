@@ -7,7 +7,8 @@ A package adds its own in its metadata, for example in setup.cfg:
         my_maml = my_package.my_maml:MyMAML
 """
 
-from importlib.metadata import entry_points
+import dataclasses
+from importlib.metadata import EntryPoint, entry_points
 
 from metadist.algorithms import ALGORITHMS
 from metadist.errors import ConfigError
@@ -38,5 +39,22 @@ def _with_entry_points(group: str, ours: dict[str, type]) -> dict[str, type]:
                 f"entry point {entry.name!r} of group {group} ({entry.value}) takes a name that is already used."
                 " Rename it in the package that declares it, or uninstall that package."
             )
-        known[entry.name] = entry.load()
+        known[entry.name] = _load(entry)
     return known
+
+
+def _load(entry: EntryPoint) -> type:
+    where = f"entry point {entry.name!r} of group {entry.group} ({entry.value})"
+    try:
+        loaded = entry.load()
+    except Exception as error:
+        # What a foreign module raises while it is imported can be anything.
+        raise ConfigError(
+            f"{where} cannot be loaded: {type(error).__name__}: {error}. Correct or uninstall the package that"
+            " declares it."
+        ) from error
+    if not (isinstance(loaded, type) and dataclasses.is_dataclass(loaded)):
+        raise ConfigError(
+            f"{where} must be a dataclass of settings, got {loaded!r}. Decorate it with @metadist.settings."
+        )
+    return loaded

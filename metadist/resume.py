@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import yaml
 from rich.console import Console
+from rich.text import Text
 
 from metadist.checkpoint import Checkpoints
 from metadist.config import Config, config_to_dict, differences
@@ -44,23 +45,36 @@ def open_run(
         directory.write_yaml("config.yaml", asked)
         return None, None
     _refuse_other_run(directory, asked)
-    state = checkpoints.load_latest(lambda text: console.print(f"[yellow]{text}"))
+    state = checkpoints.load_latest(lambda text: console.print(Text(text, "yellow")))
     assert state is not None
     if state.step > config.training.steps:
         raise RunDirectoryError(
             f"{directory.location} is already at step {state.step}, beyond training.steps = {config.training.steps}."
             " Raise training.steps, or choose another --run-dir."
         )
+    expected = None if allow_numeric_drift else _fingerprint(directory)
     directory.write_yaml("config.yaml", asked)
-    console.print(f"Going on from step {state.step} of {directory.location}")
-    expected = None if allow_numeric_drift else directory.read_json("fingerprint.json")
+    console.print(Text(f"Going on from step {state.step} of {directory.location}"))
     return state, expected
+
+
+def _fingerprint(directory: RunDirectory) -> dict[str, Any]:
+    try:
+        expected = directory.read_json("fingerprint.json")
+        if isinstance(expected, dict):
+            return expected
+    except RunDirectoryError:
+        pass
+    raise RunDirectoryError(
+        f"{directory.location}/fingerprint.json is missing or damaged, so it cannot be told whether this machine"
+        " computes the run's bits. Restore it, or resume with --allow-numeric-drift."
+    )
 
 
 def _refuse_other_run(directory: RunDirectory, asked: dict[str, Any]) -> None:
     try:
         different = differences(yaml.safe_load(directory.read("config.yaml")), asked)
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError):
+    except (yaml.YAMLError, LookupError, TypeError, AttributeError):
         raise RunDirectoryError(
             f"{directory.location}/config.yaml is damaged or of another version, so it cannot be told whether this is"
             " the same run. Restore it, or choose another --run-dir."

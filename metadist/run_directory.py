@@ -3,14 +3,16 @@
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pyarrow import fs
 
 from metadist.config_file import dump_yaml
-from metadist.errors import MetadistError, RunDirectoryError
-from metadist.files import open_file_system
+from metadist.errors import RunDirectoryError
+from metadist.files import open_file_system, reason, writing
 
 
 class RunDirectory:
@@ -32,37 +34,54 @@ class RunDirectory:
             self.file_system.create_dir(f"{self.path}/checkpoints", recursive=True)
         except OSError as error:
             raise RunDirectoryError(
-                f"{self.location}: the run directory cannot be made ({_reason(error)}). Choose another --run-dir."
+                f"{self.location}: the run directory cannot be made ({reason(error)}). Choose another --run-dir."
             ) from None
 
     def exists(self, name: str) -> bool:
-        info = self.file_system.get_file_info(f"{self.path}/{name}")
+        with self._reading(name):
+            info = self.file_system.get_file_info(f"{self.path}/{name}")
         return bool(info.type != fs.FileType.NotFound)
+
+    def names(self, name: str) -> list[str]:
+        """What lies in a directory; nothing where it is not there."""
+        with self._reading(name):
+            found = self.file_system.get_file_info(fs.FileSelector(f"{self.path}/{name}", allow_not_found=True))
+        return [info.base_name for info in found]
 
     def read(self, name: str) -> bytes:
         """A file's content. Raises RunDirectoryError where it is missing."""
+        with self._reading(name), self.file_system.open_input_stream(f"{self.path}/{name}") as stream:
+            return bytes(stream.read())
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
         try:
-            with self.file_system.open_input_stream(f"{self.path}/{name}") as stream:
-                return bytes(stream.read())
+            yield
         except OSError as error:
             raise RunDirectoryError(
-                f"{self.location}/{name}: not readable ({_reason(error)}). Is this a run directory of metadist?"
+                f"{self.location}/{name}: not readable ({reason(error)}). Is this a run directory of metadist?"
             ) from None
+
+    def make(self, name: str) -> None:
+        """Makes a directory within this one. Raises MetadistError."""
+        with writing(f"{self.location}/{name}"):
+            self.file_system.create_dir(f"{self.path}/{name}", recursive=True)
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a file whole or not at all, where the file system can rename. Raises MetadistError."""
         target = f"{self.path}/{name}"
-        try:
+        with writing(f"{self.location}/{name}"):
             if not self.is_local:
                 self._write(target, content)
                 return
-            self._write(f"{target}.partial", content)
-            self.file_system.move(f"{target}.partial", target)
-        except OSError as error:
-            raise MetadistError(
-                f"{self.location}/{name}: could not be written ({_reason(error)}). Free space or correct permissions,"
-                " then run the same command again: it goes on from the last checkpoint."
-            ) from None
+            partial = f"{target}.partial"
+            try:
+                self._write(partial, content)
+                self.file_system.move(partial, target)
+            except OSError:
+                with suppress(OSError):
+                    self.file_system.delete_file(partial)
+                raise
 
     def _write(self, target: str, content: bytes) -> None:
         with self.file_system.open_output_stream(target) as stream:
@@ -86,14 +105,11 @@ class RunDirectory:
     def upload(self) -> None:
         """Copies what lies under `local` into the run directory, where that is not the same place."""
         if not self.is_local:
-            fs.copy_files(str(self.local), self.path, destination_filesystem=self.file_system)
+            with writing(self.location):
+                fs.copy_files(str(self.local), self.path, destination_filesystem=self.file_system)
 
     def close(self) -> None:
         """Uploads a last time and removes the temporary directory."""
         if not self.is_local:
             self.upload()
             shutil.rmtree(self.local)
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or (str(error).splitlines() or [type(error).__name__])[0]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -9,7 +10,11 @@ from typing import IO, Any
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard.summary import scalar
+
+from metadist.files import writing
 
 METRICS_FILE = "metrics.jsonl"
 LINE_EVERY_S = 10.0
@@ -20,43 +25,76 @@ class Tracker:
     """Appends metrics, which are the same to the bit for any number of workers, and shows speed, which is not."""
 
     def __init__(self, directory: Path, first_step: int, log_every: int) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        self._path = directory / METRICS_FILE
+        self._directory = directory
         self._log_every = log_every
-        self._file = _open_after(self._path, first_step)
-        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step or None)
+        with writing(str(directory)):
+            (directory / "tensorboard").mkdir(parents=True, exist_ok=True)
+            self._file = _open_after(directory / METRICS_FILE, first_step)
+            self._events = _EventFile(directory / "tensorboard", first_step)
 
     def step(self, step: int, metrics: dict[str, float], tasks_per_second: float, last: bool) -> None:
         """`step` steps are done; every `log_every`-th is written."""
         if step % self._log_every == 0 or last:
-            self._line({"step": step} | metrics)
-            for name, value in metrics.items():
-                if not math.isnan(value):
-                    self._writer.add_scalar(f"train/{name}", value, step)
-            self._writer.add_scalar("speed/tasks_per_second", tasks_per_second, step)
+            self._write(step, "", "train", metrics)
+            self._write_events(step, "speed", {"tasks_per_second": tasks_per_second})
 
     def validation(self, step: int, scores: dict[str, float]) -> None:
-        self._line({"step": step} | {f"val_{name}": value for name, value in scores.items()})
-        for name, value in scores.items():
-            if not math.isnan(value):
-                self._writer.add_scalar(f"val/{name}", value, step)
+        self._write(step, "val_", "val", scores)
 
-    def _line(self, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps(without_nan(values)) + "\n")
+    def _write(self, step: int, prefix: str, group: str, values: dict[str, float]) -> None:
+        line = {"step": step} | {f"{prefix}{name}": value for name, value in values.items()}
+        with writing(str(self._directory / METRICS_FILE)):
+            self._file.write(json.dumps(without_nan(line)) + "\n")
+        self._write_events(step, group, values)
+
+    def _write_events(self, step: int, group: str, values: dict[str, float]) -> None:
+        with writing(str(self._directory / "tensorboard")):
+            for name, value in values.items():
+                if not math.isnan(value):
+                    self._events.add_scalar(f"{group}/{name}", value, step)
 
     def rewind(self, step: int) -> None:
         """Forgets the lines of steps after `step`, which will be made again."""
-        self._file.close()
-        self._file = _open_after(self._path, step)
+        with writing(str(self._directory / METRICS_FILE)):
+            self._file.close()
+            self._file = _open_after(self._directory / METRICS_FILE, step)
+        with writing(str(self._directory / "tensorboard")):
+            self._events.forget_after(step)
 
     def flush(self) -> None:
         """Everything so far reaches the disk: before each checkpoint, so that a resume finds it."""
-        self._file.flush()
-        self._writer.flush()
+        with writing(str(self._directory / METRICS_FILE)):
+            self._file.flush()
+
+    def close(self) -> None:
+        self._events.close()
+        with writing(str(self._directory / METRICS_FILE)):
+            self._file.close()
+
+
+class _EventFile:
+    """A TensorBoard event file. SummaryWriter would write it in a thread, which can tell nobody of a full disk."""
+
+    def __init__(self, directory: Path, first_step: int) -> None:
+        # Names sort by time: TensorBoard reads them in that order.
+        path = directory / f"events.out.tfevents.{time.time_ns():019d}.{os.getpid()}"
+        self._file = path.open("xb", buffering=0)
+        self._records = RecordWriter(self._file)
+        self._add(file_version="brain.Event:2")
+        self.forget_after(first_step)
+
+    def forget_after(self, step: int) -> None:
+        """A new session: TensorBoard hides what earlier ones wrote of later steps."""
+        self._add(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self._add(step=step, summary=scalar(name, value))
+
+    def _add(self, **content: Any) -> None:
+        self._records.write(Event(wall_time=time.time(), **content).SerializeToString())
 
     def close(self) -> None:
         self._file.close()
-        self._writer.close()
 
 
 def without_nan(values: dict[str, Any]) -> dict[str, Any]:
@@ -71,16 +109,19 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 
 
 def _open_after(path: Path, first_step: int) -> IO[str]:
-    """Opens the metrics for appending, without lines of steps that will be done again."""
+    """Opens the metrics for appending, without lines of steps that will be done again, and torn ones."""
     kept = []
     if path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                if json.loads(line)["step"] <= first_step and first_step > 0:
+                if 0 < json.loads(line)["step"] <= first_step:
                     kept.append(line)
-            except (ValueError, KeyError):
-                break  # A line torn by a kill, after the last checkpoint.
-    path.write_text("".join(f"{line}\n" for line in kept))
+            except (ValueError, LookupError, TypeError):
+                continue  # Torn by a kill.
+    # Never half written: a full disk must not cost the lines of steps whose checkpoint is there.
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    partial.replace(path)
     return path.open("a", encoding="utf-8")
 
 

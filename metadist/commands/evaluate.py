@@ -12,7 +12,7 @@ from metadist.commands.train import workers_option
 @click.argument("run")
 @click.option("--split", type=click.Choice(["train", "val", "test"]), help="Instead of the config's evaluation.split.")
 @click.option("--episodes", type=click.IntRange(min=1), help="Instead of evaluation.episodes (600).")
-@click.option("--seed", type=click.IntRange(min=0), help="Instead of evaluation.seed: another list of episodes.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Instead of evaluation.seed: another list of episodes.")
 @click.option("--step", type=click.IntRange(min=0), help="The checkpoint of this step, instead of the newest.")
 @click.option("--workers", callback=workers_option, metavar="N|MIN:MAX", help="Adapters; 0 evaluates in this process.")
 @click.option("--address", metavar="ADDR", help="A Ray cluster to join, instead of $RAY_ADDRESS or a local one.")
@@ -45,8 +45,7 @@ def evaluate(
     if as_json:
         print_json(evaluation.as_dict())
         return
-    out = result_console()
-    out.print(evaluation.table())
+    result_console().print(evaluation.table())
     directory = RunDirectory(run)
     if directory.is_local:
-        out.print(f"picture  {picture_of(evaluation, directory.local)}")
+        click.echo(f"picture  {picture_of(evaluation, directory.local)}")

@@ -15,8 +15,10 @@ def workers_option(context: click.Context, parameter: click.Parameter, value: st
     if value is None:
         return None
     numbers = value.split(":")
-    if len(numbers) > 2 or not all(number.isdigit() for number in numbers):
+    if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
         raise click.BadParameter(f"must be a number or MIN:MAX, got {value!r}. For example: --workers 2")
+    if len(numbers) == 2 and not 1 <= int(numbers[0]) <= int(numbers[1]):
+        raise click.BadParameter(f"MIN:MAX needs 1 <= MIN <= MAX, got {value!r}. For example: --workers 1:4")
     return int(value) if len(numbers) == 1 else (int(numbers[0]), int(numbers[1]))
 
 
@@ -91,13 +93,12 @@ def train(
     if as_json:
         print_json(result.as_dict())
         return
-    out = result_console()
     if result.evaluation is not None:
-        out.print(result.evaluation.table())
+        result_console().print(result.evaluation.table())
         directory = RunDirectory(result.run_dir)
         if directory.is_local:
-            out.print(f"picture        {picture_of(result.evaluation, directory.local)}")
-    out.print(f"run directory  {result.run_dir}")
-    out.print(f"theta          sha256 {result.theta_sha256}")
+            click.echo(f"picture        {picture_of(result.evaluation, directory.local)}")
+    click.echo(f"run directory  {result.run_dir}")
+    click.echo(f"theta          sha256 {result.theta_sha256}")
     lost = f", {result.adapters_lost} adapters lost, {result.chunks_recomputed} chunks recomputed"
-    out.print(f"step {result.step}, {result.tasks_per_second:,.0f} tasks/s{lost if result.adapters_lost else ''}")
+    click.echo(f"step {result.step}, {result.tasks_per_second:,.0f} tasks/s{lost if result.adapters_lost else ''}")

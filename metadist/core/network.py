@@ -13,7 +13,7 @@ from metadist.core.episode import EpisodeSpec, Examples
 from metadist.core.params import Layout, Params
 from metadist.errors import ModelError
 
-_RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.RReLU)
+_RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ class Network:
 
 
 def make_network(module: nn.Module, spec: EpisodeSpec, policy: BatchNormPolicy) -> Network:
-    """Wraps `module`, after checking that it can be meta-trained on episodes of `spec`."""
-    _check_module(module, spec)
+    """Wraps `module`, which is left as it is. Raises ModelError unless it can be meta-trained on episodes of `spec`."""
+    _refuse_random_layers(module)
     norms = batch_norms(module)
     statistics: Params = {}
     if policy == "running":
@@ -113,7 +113,7 @@ def make_network(module: nn.Module, spec: EpisodeSpec, policy: BatchNormPolicy) 
         "running": with_statistics_from(module, "running", spec.support_size),
         "record": with_statistics_from(module, "own", spec.support_size, record=True),
     }
-    return Network(
+    network = Network(
         kind=spec.kind,
         policy=policy,
         training=True,
@@ -127,28 +127,43 @@ def make_network(module: nn.Module, spec: EpisodeSpec, policy: BatchNormPolicy) 
             if name.rpartition(".")[0] not in norms
         },
     )
+    _check_outputs(network, module, spec)
+    return network
 
 
-def _check_module(module: nn.Module, spec: EpisodeSpec) -> None:
-    name = type(module).__name__
+def _refuse_random_layers(module: nn.Module) -> None:
     for path, layer in module.named_modules():
-        if isinstance(layer, _RANDOM_LAYERS) and getattr(layer, "p", 1.0) > 0:
+        if _is_random(layer):
             raise ModelError(
-                f"model {name}: layer {path!r} ({type(layer).__name__}) draws random numbers, and a task's"
-                " gradient must depend on its key alone. Set its p to 0 or remove it."
+                f"model {type(module).__name__}: layer {path!r} ({type(layer).__name__}) draws random numbers, and a"
+                " task's gradient must depend on its key alone. Set its dropout to 0 or remove it."
             )
-    example = torch.zeros(spec.support_size, *spec.input_shape)
-    try:
-        with torch.no_grad():
-            shape = tuple(module(example).shape)
-    except RuntimeError as error:
-        raise ModelError(
-            f"model {name} cannot take inputs of shape {list(example.shape)} that the task gives: {error}."
-            " Change the model's sizes or the task's."
-        ) from error
-    if shape != (spec.support_size, spec.output_size):
-        raise ModelError(
-            f"model {name} must map {list(example.shape)} to {[spec.support_size, spec.output_size]}"
-            f" ({'one logit a way' if spec.kind == 'classification' else 'one output a target dimension'}),"
-            f" got {list(shape)}. Change its last layer."
-        )
+
+
+def _is_random(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.RNNBase | nn.MultiheadAttention):
+        return layer.dropout > 0
+    return isinstance(layer, _RANDOM_LAYERS) and getattr(layer, "p", 1.0) > 0
+
+
+def _check_outputs(network: Network, module: nn.Module, spec: EpisodeSpec) -> None:
+    """Tries the network on sets of zeros, of the sizes that training will give it."""
+    name = type(module).__name__
+    params = {path: value.detach() for path, value in module.named_parameters()}
+    support = torch.zeros(spec.support_size, *spec.input_shape)
+    for example in (support, torch.zeros(spec.query_size, *spec.input_shape)):
+        try:
+            with torch.no_grad():
+                outputs = network.outputs(params, example, None if example is support else support)
+        except Exception as error:
+            raise ModelError(
+                f"model {name} cannot take inputs of shape {list(example.shape)} that the task gives: {error}."
+                " Change the model's sizes or the task's."
+            ) from error
+        expected, found = [len(example), spec.output_size], list(getattr(outputs, "shape", [type(outputs).__name__]))
+        if found != expected:
+            raise ModelError(
+                f"model {name} must map {list(example.shape)} to {expected}"
+                f" ({'one logit a way' if spec.kind == 'classification' else 'one output a target dimension'}),"
+                f" got {found}. Change its last layer."
+            )

@@ -52,11 +52,13 @@ class Plan:
         workers = max(1, num_workers)
         sizes = [1 << level for level in range((self.num_chunks - 1).bit_length() + 1)]
 
-        def rounds_of_chunks(size: int) -> int:
-            num_ranges = -(-self.num_chunks // size)
-            return -(-num_ranges // workers) * size
+        def time_in_chunks(size: int) -> int:
+            full, rest = divmod(self.num_chunks, size)
+            rounds, left = divmod(full, workers)
+            # The last, short range takes no time of its own beside full ones.
+            return rounds * size + (size if left else rest)
 
-        size = min(reversed(sizes), key=rounds_of_chunks)
+        size = min(reversed(sizes), key=time_in_chunks)
         return [Range(start, min(start + size, self.num_chunks)) for start in range(0, self.num_chunks, size)]
 
 

@@ -13,7 +13,10 @@ T = TypeVar("T")
 def settings(cls: type[T]) -> type[T]:
     """Makes `cls` a frozen keyword-only dataclass whose fields are checked against their annotations.
 
-    Numbers are not read from text and 1 is not True: what is written must be of the field's type.
+    Numbers are not read from text and 1 is not True: what is written must be of the field's type. NaN and
+    infinity are no numbers.
     """
-    make: Any = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+    make: Any = dataclass(
+        frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    )
     return make(cls)

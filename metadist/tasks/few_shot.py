@@ -48,7 +48,7 @@ class FewShotSource:
         if settings.rotate_classes and (not pool.is_images or shape[1] != shape[2]):
             raise DataError(
                 f"{pool.path}: task.rotate_classes needs square images, got"
-                f" {'x'.join(map(str, shape[1:])) if pool.is_images else 'vectors'}. Set it to false."
+                f" {f'{shape[2]} x {shape[1]} pixels' if pool.is_images else 'vectors'}. Set it to false."
             )
         for split, ids in pool.class_ids.items():
             if len(ids):

@@ -357,6 +357,18 @@ def test_an_archive_with_two_members_of_one_name_is_refused(tmp_path):
         FileTree(tmp_path / "a.zip")
 
 
+def test_directories_and_what_systems_hide_are_no_files_of_an_archive(tmp_path):
+    names = ["a/", "a/x.png", "./b/y.png", "__MACOSX/a/x.png", "a/.DS_Store", ".git/z.png"]
+    assert FileTree(write_zip(tmp_path / "a.zip", dict.fromkeys(names, b""))).names == ["./b/y.png", "a/x.png"]
+
+
+def test_the_content_digest_is_that_of_its_definition(tmp_path):
+    tree = FileTree(write_tree(tmp_path / "tree", {"1.png": b"one", "2.png": b"two"}))
+    lines = [f"{name}\0{hashlib.sha256(content).hexdigest()}\n" for name, content in (("p/a", b"two"), ("p/b", b"one"))]
+    expected = hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert tree.content_digest({"p/b": "1.png", "p/a": "2.png"}) == expected
+
+
 def test_a_damaged_member_is_named(tmp_path):
     path = write_zip(tmp_path / "a.zip", {"a/x.png": b"some bytes"})
     path.write_bytes(path.read_bytes().replace(b"some bytes", b"same bytes"))

@@ -1,0 +1,176 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from metadist.algorithms import MAML
+from metadist.config import EvaluationSettings
+from metadist.core.episode import Examples
+from metadist.core.meta_gradient import score_episodes
+from tests.algorithms.contracts import check_algorithm, curves, images, relative_error
+from tests.builders import Problem, Quadratic, random_episodes, regression, smooth_mlp, tiny_config
+
+START, SUPPORT, QUERY = torch.tensor([[1.0, -2.0], [0.5, 3.0], [-1.0, 0.25]], dtype=torch.float64)
+
+
+def make(**changes):
+    return MAML(**{"inner_lr": 0.1, "inner_steps": 3, **changes})
+
+
+def tanh_network(weights, x):
+    """The smooth network of the builders, from its weights alone."""
+    first, first_bias, second, second_bias, last, last_bias = weights
+    hidden = torch.tanh(torch.tanh(x @ first.T + first_bias) @ second.T + second_bias)
+    return hidden @ last.T + last_bias
+
+
+def conv4_network(weights, x):
+    """Conv-4 with max-pool and batch norm by the statistics of the set at hand, from its weights alone."""
+    *blocks, last, last_bias = weights
+    for kernel, bias, scale, shift in zip(*(blocks[start::4] for start in range(4)), strict=True):
+        x = F.conv2d(x, kernel, bias, padding=1)
+        mean = x.mean((0, 2, 3), keepdim=True)
+        variance = ((x - mean) ** 2).mean((0, 2, 3), keepdim=True)
+        x = (x - mean) / torch.sqrt(variance + 1e-5) * scale[:, None, None] + shift[:, None, None]
+        x = F.max_pool2d(torch.relu(x), 2)
+    return x.flatten(1) @ last.T + last_bias
+
+
+def loss_of(network, weights, examples):
+    outputs = network(weights, examples.x)
+    return F.mse_loss(outputs, examples.y) if outputs.shape == examples.y.shape else F.cross_entropy(outputs, examples.y)
+
+
+def adapted_by_hand(network, weights, support, inner_lr, inner_steps, *, create_graph):
+    for _ in range(inner_steps):
+        gradients = torch.autograd.grad(loss_of(network, weights, support), weights, create_graph=create_graph)
+        weights = [weight - inner_lr * gradient for weight, gradient in zip(weights, gradients, strict=True)]
+    return weights
+
+
+def meta_gradient_by_hand(network, problem, batch, *, second_order):
+    """Alg. 1 of the paper with torch.autograd alone, task by task."""
+    total = torch.zeros_like(problem.theta)
+    for support_x, support_y, query_x, query_y in zip(*batch.support, *batch.query, strict=True):
+        theta = [part.clone().requires_grad_() for part in problem.layout.unflatten(problem.theta).values()]
+        phi = adapted_by_hand(
+            network,
+            theta,
+            Examples(support_x, support_y),
+            problem.algorithm.inner_lr,
+            problem.algorithm.inner_steps,
+            create_graph=second_order,
+        )
+        loss = loss_of(network, phi, Examples(query_x, query_y))
+        total += torch.cat([part.flatten() for part in torch.autograd.grad(loss, theta)])
+    return total
+
+
+def quadratic(algorithm):
+    """One task whose loss is |w - c|^2 / 2 in two dimensions, with other c in support and query."""
+    spec = regression(inputs=1, outputs=2, support_size=4, query_size=3)
+    batch = random_episodes(spec, 1)
+    batch.support.y[:], batch.query.y[:] = SUPPORT, QUERY
+    return Problem(algorithm, Quadratic(START.float()), spec), batch
+
+
+def test_maml_fulfils_the_contract_in_second_order():
+    check_algorithm(make, {"inner_lr": 0.2, "inner_steps": 2, "order": "first"})
+
+
+def test_maml_fulfils_the_contract_in_first_order():
+    # FOMAML drops terms of the derivative, so finite differences do not agree with it.
+    check_algorithm(
+        lambda **changes: make(**{"order": "first", **changes}),
+        {"inner_lr": 0.2, "inner_steps": 2, "order": "second"},
+        exact=False,
+    )
+
+
+def test_first_order_is_not_the_derivative_of_the_query_loss():
+    # The contract's finite differences could tell: on its problem both orders are far apart.
+    problem, batch = curves(make())
+    first, _ = curves(make(order="first"))
+    assert relative_error(first.sums(batch).gradient, problem.sums(batch).gradient) > 1e-3
+
+
+@pytest.mark.parametrize(("order", "hessian"), [("second", 0.9**3), ("first", 1.0)])
+@pytest.mark.parametrize("strategy", ["loop", "vmap"])
+def test_meta_gradient_has_closed_form_on_a_quadratic(order, hessian, strategy):
+    # L_c(w) = |w - c|^2 / 2, inner_lr 0.1  =>  phi_{k+1} - c_s = 0.9 (phi_k - c_s)
+    # =>  phi_3 = c_s + 0.9^3 (theta - c_s),  d phi_3 / d theta = 0.9^3, which first order takes for 1,
+    # and the meta-gradient is d phi_3 / d theta times the query loss's own gradient phi_3 - c_q.
+    problem, batch = quadratic(make(order=order))
+    phi = SUPPORT + 0.9**3 * (START - SUPPORT)
+    sums = problem.sums(batch, strategy=strategy)
+    np.testing.assert_allclose(sums.gradient, hessian * (phi - QUERY), rtol=1e-12)
+    np.testing.assert_allclose(sums.metrics[0], ((phi - QUERY) ** 2).sum() / 2, rtol=1e-12)
+    assert np.isnan(sums.metrics[1])
+
+
+def test_every_inner_step_on_the_way_has_closed_form_on_a_quadratic():
+    problem, batch = quadratic(make())
+    meta = problem.layout.unflatten(problem.theta)
+    path = problem.algorithm.adapt(problem.network, meta, Examples(batch.support.x[0], batch.support.y[0]), 5)
+    expected = [SUPPORT + 0.9**step * (START - SUPPORT) for step in range(6)]
+    torch.testing.assert_close([phi["w"] for phi in path], expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("order", ["first", "second"])
+@pytest.mark.parametrize(("make_problem", "network"), [(curves, tanh_network), (images, conv4_network)])
+def test_meta_gradient_is_the_one_written_out_with_autograd(make_problem, network, order):
+    problem, batch = make_problem(make(order=order))
+    expected = meta_gradient_by_hand(network, problem, batch, second_order=order == "second")
+    assert relative_error(problem.sums(batch).gradient, expected) < 1e-6
+
+
+@pytest.mark.parametrize("order", ["first", "second"])
+@pytest.mark.parametrize("make_problem", [curves, images])
+def test_without_inner_steps_the_meta_gradient_is_the_plain_gradient(make_problem, order):
+    problem, batch = make_problem(make(inner_steps=0, order=order))
+    network = tanh_network if make_problem is curves else conv4_network
+    theta = [part.clone().requires_grad_() for part in problem.layout.unflatten(problem.theta).values()]
+    loss = sum(loss_of(network, theta, Examples(*task)) for task in zip(*batch.query, strict=True))
+    expected = torch.cat([part.flatten() for part in torch.autograd.grad(loss, theta)])
+    assert relative_error(problem.sums(batch).gradient, expected) < 1e-6
+
+
+@pytest.mark.parametrize("strategy", ["loop", "vmap"])
+def test_at_test_there_may_be_more_inner_steps_than_in_training(strategy):
+    problem, batch = curves(make(inner_steps=2))
+    scores = score_episodes(
+        problem.algorithm,
+        problem.network,
+        problem.layout,
+        problem.theta,
+        problem.statistics,
+        batch,
+        inner_steps=4,
+        policies=["transductive"],
+        strategy=strategy,
+    )
+    assert scores.loss.shape == (1, 2, 5)
+    for task in range(2):
+        support, query = (Examples(part.x[task], part.y[task]) for part in batch)
+        for steps in range(5):
+            theta = [part.clone().requires_grad_() for part in problem.layout.unflatten(problem.theta).values()]
+            phi = adapted_by_hand(tanh_network, theta, support, 0.1, steps, create_graph=False)
+            expected = float(loss_of(tanh_network, phi, query))
+            assert scores.loss[0, task, steps] == pytest.approx(expected, rel=1e-10)
+
+
+def test_a_config_says_how_many_inner_steps_there_are_at_test():
+    algorithm = make(inner_steps=2)
+    assert tiny_config(algorithm=algorithm).inner_steps_at_test == 2
+    assert tiny_config(algorithm=algorithm, evaluation=EvaluationSettings(inner_steps=0)).inner_steps_at_test == 0
+    assert tiny_config(algorithm=algorithm, evaluation=EvaluationSettings(inner_steps=10)).inner_steps_at_test == 10
+
+
+@pytest.mark.parametrize("strategy", ["loop", "vmap"])
+def test_compiled_equals_eager(strategy):
+    spec = regression(inputs=1, outputs=1, support_size=4, query_size=3)
+    problem = Problem(make(inner_steps=2), smooth_mlp(spec), spec, dtype=torch.float32)
+    batch = random_episodes(spec, 3, dtype=torch.float32)
+    compiled, eager = (problem.sums(batch, strategy=strategy, compile=compile) for compile in (True, False))
+    assert relative_error(compiled.gradient, eager.gradient) < 1e-5
+    assert compiled.metrics[0] == pytest.approx(eager.metrics[0], rel=1e-5)

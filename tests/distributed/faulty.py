@@ -1,0 +1,69 @@
+"""Task sources that fail on purpose, and how to find the processes that Ray started for this one."""
+
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from metadist.core.episode import EpisodeBatch, EpisodeSpec
+from metadist.core.keys import TaskKey
+from metadist.tasks.sinusoid import Sinusoid
+
+
+@dataclass(frozen=True)
+class KillsItsAdapter:
+    """Sinusoids; whoever first samples a task of `step` is killed with SIGKILL while it samples."""
+
+    step: int
+    marker: Path
+    """Made at the first kill, so that there is no second one."""
+
+    @property
+    def spec(self) -> EpisodeSpec:
+        return Sinusoid().spec
+
+    def sample(self, keys: Sequence[TaskKey]) -> EpisodeBatch:
+        if keys[0].step == self.step and keys[0].split == "train":
+            try:
+                self.marker.touch(exist_ok=False)
+            except FileExistsError:
+                return Sinusoid().sample(keys)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Sinusoid().sample(keys)
+
+
+@dataclass(frozen=True)
+class Raises:
+    """Sinusoids, but tasks of `step` raise."""
+
+    step: int
+
+    @property
+    def spec(self) -> EpisodeSpec:
+        return Sinusoid().spec
+
+    def sample(self, keys: Sequence[TaskKey]) -> EpisodeBatch:
+        if keys[0].step == self.step and keys[0].split == "train":
+            raise ZeroDivisionError("no such sinusoid")
+        return Sinusoid().sample(keys)
+
+
+def processes_named(title: str, ancestor: int) -> list[int]:
+    """Process ids whose command line begins with `title` and that descend from `ancestor`."""
+    parents, titles = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text()
+                titles[int(entry.name)] = (entry / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue  # It ended while we looked.
+            parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
+
+    def descends(pid: int) -> bool:
+        while pid in parents and pid != ancestor:
+            pid = parents[pid]
+        return pid == ancestor
+
+    return [pid for pid, found in titles.items() if found.startswith(title) and descends(pid)]

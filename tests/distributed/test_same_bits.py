@@ -1,0 +1,180 @@
+"""Promise 1: the bits of a run do not depend on how many adapters there are, nor on what dies on the way."""
+
+import dataclasses
+import io
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from metadist import MetaTrainer, load_config
+from metadist.config import Config, ScalingSettings
+from metadist.errors import AdapterError
+from metadist.tasks.class_pool import PoolRow, write_pool
+from metadist.training import Result
+from tests.distributed.faulty import KillsItsAdapter, Raises, processes_named
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+OMNIGLOT = Path(__file__).parents[3] / "shared/data/omniglot"
+pytestmark = pytest.mark.ray
+
+
+def sinusoid(tmp_path: Path, steps: int = 12) -> Config:
+    """The sinusoid config, short; 25 tasks in chunks of 4: seven chunks, the last with 3 filling tasks."""
+    return load_config(
+        CONFIGS / "sinusoid_maml.yaml",
+        [
+            f"training.steps={steps}",
+            "training.chunk_size=4",
+            "evaluation.episodes=20",
+            f"run.storage_path={tmp_path}",
+            "run.checkpoint_config.checkpoint_frequency=5",
+            "run.log_every=1",
+        ],
+    )
+
+
+def images(tmp_path: Path, policy: str = "transductive") -> Config:
+    """The Omniglot config with few filters, over a small pool of random images."""
+    pool = tmp_path / "pool.parquet"
+    if not pool.exists():
+        write_pool(_random_images(), pool)
+    return load_config(
+        CONFIGS / "omniglot_5w1s_maml.yaml",
+        [
+            f"task.pool={pool}",
+            "model.filters=4",
+            f"training.batch_norm={policy}",
+            "training.steps=4",
+            "training.meta_batch_size=10",
+            "training.chunk_size=2",
+            "training.compile=false",
+            "evaluation.episodes=10",
+            "evaluation.val_episodes=6",
+            "evaluation.every=2",
+            f"run.storage_path={tmp_path}",
+        ],
+    )
+
+
+def _random_images() -> list[PoolRow]:
+    random = np.random.default_rng(0)
+    rows = []
+    for split in ("train", "val", "test"):
+        for number in range(6):
+            for _ in range(3):
+                file = io.BytesIO()
+                Image.fromarray(random.integers(0, 256, (16, 16), np.uint8)).save(file, "PNG")
+                rows.append(PoolRow(f"{split}{number}", None, split, image=file.getvalue()))
+    return rows
+
+
+def fit(config: Config, workers: int, name: str) -> Result:
+    return MetaTrainer(
+        config,
+        scaling_config=ScalingSettings(num_workers=workers),
+        run_config=dataclasses.replace(config.run, name=name),
+    ).fit()
+
+
+def bits(result: Result) -> tuple[object, ...]:
+    """Everything of a run that must be equal: hashes, the last metrics, the evaluation, the metrics file."""
+    metrics = (Path(result.run_dir) / "metrics.jsonl").read_text()
+    assert result.evaluation is not None
+    return result.theta_sha256, result.optimizer_sha256, str(result.train), str(result.evaluation.as_dict()), metrics
+
+
+@pytest.mark.parametrize("make", [sinusoid, images], ids=["sinusoid", "images"])
+def test_any_number_of_adapters_gives_the_bits_of_the_process_alone(local_ray: None, tmp_path: Path, make) -> None:
+    config = make(tmp_path)
+    alone = fit(config, 0, "alone")
+    for workers in (1, 2, 3):
+        assert bits(fit(config, workers, f"with_{workers}")) == bits(alone)
+
+
+def test_running_batch_norm_statistics_have_the_same_bits_too(local_ray: None, tmp_path: Path) -> None:
+    config = images(tmp_path, "running")
+    assert bits(fit(config, 2, "with_2")) == bits(fit(config, 0, "alone"))
+
+
+def test_omniglot_itself_has_the_same_bits(local_ray: None, tmp_path: Path) -> None:
+    if not OMNIGLOT.exists():
+        pytest.skip("the Omniglot archives are not beside this checkout")
+    from click.testing import CliRunner
+
+    from metadist.cli import cli
+
+    pool = tmp_path / "omniglot.parquet"
+    arguments = ["data", "import", "omniglot", "--source", str(OMNIGLOT), "--out", str(pool)]
+    assert CliRunner().invoke(cli, arguments).exit_code == 0
+    overrides = [f"task.pool={pool}", "training.steps=3", "evaluation.episodes=8", "evaluation.every=0"]
+    overrides += ["training.compile=false", f"run.storage_path={tmp_path}"]
+    config = load_config(CONFIGS / "omniglot_5w1s_maml.yaml", overrides)
+    assert bits(fit(config, 2, "with_2")) == bits(fit(config, 0, "alone"))
+
+
+def test_an_adapter_killed_in_mid_step_costs_its_own_chunks_and_no_bit(local_ray: None, tmp_path: Path) -> None:
+    config = sinusoid(tmp_path)
+    undisturbed = fit(config, 0, "undisturbed")
+    source = KillsItsAdapter(step=6, marker=tmp_path / "killed")
+    disturbed = fit(dataclasses.replace(config, task=source), 2, "disturbed")
+    assert source.marker.exists()
+    assert disturbed.adapters_lost == 1
+    # Seven chunks over two adapters: ranges of 4 and 3, of which the dead one held one.
+    assert disturbed.chunks_recomputed in (3, 4)
+    assert bits(disturbed)[:2] == bits(undisturbed)[:2]
+    assert bits(disturbed)[4] == bits(undisturbed)[4]
+
+
+def test_a_killed_learner_costs_the_steps_since_the_last_checkpoint_and_no_bit(
+    local_ray: None, tmp_path: Path
+) -> None:
+    config = sinusoid(tmp_path, steps=400)
+    undisturbed = fit(config, 0, "undisturbed")
+    killed: list[int] = []
+
+    def kill_the_learner_once() -> None:
+        metrics = tmp_path / "disturbed" / "checkpoints" / "step_00000010" / "manifest.json"
+        while not metrics.exists():
+            time.sleep(0.01)
+        for pid in processes_named("ray::LearnerActor", os.getpid()):
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+
+    killer = threading.Thread(target=kill_the_learner_once)
+    killer.start()
+    disturbed = fit(config, 1, "disturbed")
+    killer.join()
+    assert len(killed) == 1
+    assert bits(disturbed) == bits(undisturbed)
+
+
+def test_an_error_of_the_users_source_stops_the_run_after_a_second_try_and_names_its_line(
+    local_ray: None, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(sinusoid(tmp_path), task=Raises(step=6))
+    with pytest.raises(AdapterError) as caught:
+        fit(config, 2, "raises")
+    message = str(caught.value)
+    for part in ("step 6, chunk", "Raises raised ZeroDivisionError: no such sinusoid", "faulty.py, line"):
+        assert part in message
+    # What was saved before is there: the run goes on from it when the source is mended.
+    assert (tmp_path / "raises/checkpoints/step_00000005/manifest.json").exists()
+
+
+def test_adapters_that_the_cluster_has_no_room_for_yet_do_not_keep_the_others_waiting(
+    local_ray: None, tmp_path: Path
+) -> None:
+    config = sinusoid(tmp_path)
+    # Four CPUs: at most four of six adapters start, and two are enough.
+    elastic = MetaTrainer(
+        config,
+        scaling_config=ScalingSettings(num_workers=(2, 6)),
+        run_config=dataclasses.replace(config.run, name="elastic"),
+    ).fit()
+    assert bits(elastic) == bits(fit(config, 0, "alone"))
