@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from metadist.core.outer import OuterSettings
     from metadist.core.settings import settings
     from metadist.errors import MetadistError, UserError
-    from metadist.evaluation import Evaluation, evaluate
+    from metadist.evaluation import evaluate
+    from metadist.scores import Evaluation
     from metadist.training import MetaTrainer, Result
 
 __version__ = "0.1.0"
@@ -47,7 +48,8 @@ _HOMES = {
     "metadist.core.outer": ("OuterSettings",),
     "metadist.core.settings": ("settings",),
     "metadist.errors": ("MetadistError", "UserError"),
-    "metadist.evaluation": ("Evaluation", "evaluate"),
+    "metadist.evaluation": ("evaluate",),
+    "metadist.scores": ("Evaluation",),
     "metadist.training": ("MetaTrainer", "Result"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -166,7 +166,9 @@ class CheckpointWriter:
 
     def _write(self, state: LearnerState, best: int | None) -> None:
         self._checkpoints.save(state)
-        self._checkpoints.remove_old(self._keep, best)
+        # Later ones are damaged, or the run would have gone on from them: they are not among those to keep.
+        later = sum(step > state.step for step in self._checkpoints.steps())
+        self._checkpoints.remove_old(self._keep + later, best)
 
     def wait(self) -> None:
         """Until the last checkpoint is on disk; raises what went wrong with it."""

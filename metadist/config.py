@@ -273,7 +273,7 @@ def impossible(config: Config) -> list[tuple[str, str]]:
     if not config.run.storage_path:
         problems.append(("run.storage_path", "must be a directory or a URI, got ''. Use . for the current directory."))
     name = config.run.name
-    if name is not None and (not name or name in (".", "..") or "/" in name or "\\" in name):
+    if name is not None and (not name or name in (".", "..") or not name.isprintable() or set(name) & set("/\\")):
         problems.append(
             ("run.name", f"must be the name of one directory, got {name!r}. Use run.storage_path for paths.")
         )

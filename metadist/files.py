@@ -38,6 +38,18 @@ def writing(place: str) -> Iterator[None]:
         ) from None
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a file beside `path` to write to; it takes `path`'s place once it is whole. Raises MetadistError."""
+    partial = path.with_name(f"{path.name}.partial")
+    with writing(str(path)):
+        try:
+            yield partial
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
 def reason(error: OSError) -> str:
     """What the operating system or the object store says, in one line."""
     return os.strerror(error.errno) if error.errno else (str(error).splitlines() or [type(error).__name__])[0]

@@ -97,7 +97,7 @@ class Journal:
         saved = set(self._checkpoints.steps())
         scored = []
         for line in read_metrics(self._directory.local):
-            if "val_loss" in line and line["step"] in saved:
+            if line.get("val_loss") is not None and line["step"] in saved:
                 accuracy = line["val_accuracy"]
                 scored.append((accuracy if accuracy is not None else -line["val_loss"], line["step"]))
         return max(scored)[1] if scored else None

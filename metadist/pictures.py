@@ -12,19 +12,22 @@ from metadist.core.episode import Examples
 from metadist.core.keys import TaskKey
 from metadist.distributed.learner import LearnerState
 from metadist.experiment import Experiment, open_task
+from metadist.files import replacing
+from metadist.scores import Evaluation
+from metadist.tracking import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from metadist.evaluation import Evaluation
-
 BLUE, ORANGE, GREY, BLACK = "#2a6fb0", "#d9731a", "#9a9a9a", "#222222"
 CURVE_POINTS = 300
+CURVE_AVERAGES = 50
+"""Points of a training curve, each the mean of the steps around it."""
 
 
 def draw_evaluation(
-    evaluation: "Evaluation", directory: Path, config: Config, experiment: Experiment, state: LearnerState
+    evaluation: Evaluation, directory: Path, config: Config, experiment: Experiment, state: LearnerState
 ) -> list[Path]:
     """Draws what fits the task into `directory`; gives the files."""
     files = [_save(_scores_per_step(evaluation), directory / "evaluation.png")]
@@ -34,13 +37,44 @@ def draw_evaluation(
     return files
 
 
-def picture_of(evaluation: "Evaluation", directory: Path) -> Path:
+def draw_training(directory: Path) -> Path | None:
+    """Draws training and validation scores against steps from metrics.jsonl; None where there are no lines."""
+    lines = read_metrics(directory)
+    trained = [line for line in lines if "loss" in line]
+    if not trained:
+        return None
+    name = "loss" if trained[0]["accuracy"] is None else "accuracy"
+    scale = 1 if name == "loss" else 100
+    steps = np.array([line["step"] for line in trained])
+    values = scale * np.array([line[name] for line in trained])
+    figure, axes = _figure(1)
+    axis = axes[0]
+    width = max(1, len(values) // CURVE_AVERAGES)
+    whole = len(values) // width * width
+    axis.plot(steps, values, color=GREY, linewidth=0.5, alpha=0.4)
+    means = values[:whole].reshape(-1, width).mean(1)
+    axis.plot(steps[width - 1 : whole : width], means, color=BLUE, label="training tasks")
+    validated = [line for line in lines if "val_loss" in line]
+    if validated:
+        scores = [scale * line[f"val_{name}"] for line in validated]
+        axis.plot(
+            [line["step"] for line in validated], scores, "o-", color=ORANGE, markersize=4, label="validation tasks"
+        )
+    if name == "accuracy":
+        axis.set_ylim(max(0, np.percentile(means, 10) - 10), 100)
+    axis.set_xlabel("step")
+    axis.set_ylabel(f"query {name}{', %' if name == 'accuracy' else ''}")
+    axis.legend(frameon=False)
+    return _save(figure, directory / "training.png")
+
+
+def picture_of(evaluation: Evaluation, directory: Path) -> Path:
     """The picture that tells most about a run: its adapted curves where it has some."""
     curves = directory / "adapted_curves.png"
     return curves if curves.exists() else directory / "evaluation.png"
 
 
-def _scores_per_step(evaluation: "Evaluation") -> "Figure":
+def _scores_per_step(evaluation: Evaluation) -> "Figure":
     figure, axes = _figure(1)
     axis = axes[0]
     steps = range(evaluation.inner_steps + 1)
@@ -87,7 +121,7 @@ def adapted_curves(config: Config, experiment: Experiment, state: LearnerState) 
         axis.plot(x[:, 0], y[:, 0], color=BLACK, linewidth=1.2, label="the task's function")
         _draw_steps(axis, x, outputs, last)
         axis.plot(support.x[:, 0], support.y[:, 0], "^", color=BLACK, markersize=6, label="support set")
-        axis.set_title(f"test task {number + 1}", loc="left")
+        axis.set_title(f"{config.evaluation.split} task {number + 1}", loc="left")
         axis.set_xlabel("x")
     axes[0].set_ylabel("y")
     axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -116,5 +150,6 @@ def _figure(panels: int) -> "tuple[Figure, list[Axes]]":
 
 
 def _save(figure: "Figure", path: Path) -> Path:
-    figure.savefig(path, dpi=120)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
     return path

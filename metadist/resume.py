@@ -74,10 +74,10 @@ def _fingerprint(directory: RunDirectory) -> dict[str, Any]:
 def _refuse_other_run(directory: RunDirectory, asked: dict[str, Any]) -> None:
     try:
         different = differences(yaml.safe_load(directory.read("config.yaml")), asked)
-    except (yaml.YAMLError, LookupError, TypeError, AttributeError):
+    except (RunDirectoryError, yaml.YAMLError, LookupError, TypeError, AttributeError):
         raise RunDirectoryError(
-            f"{directory.location}/config.yaml is damaged or of another version, so it cannot be told whether this is"
-            " the same run. Restore it, or choose another --run-dir."
+            f"{directory.location}/config.yaml is missing, damaged or of another version, so it cannot be told whether"
+            " this is the same run. Restore it, or choose another --run-dir."
         ) from None
     if different:
         raise RunDirectoryError(

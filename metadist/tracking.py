@@ -14,7 +14,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import scalar
 
-from metadist.files import writing
+from metadist.files import replacing, writing
 
 METRICS_FILE = "metrics.jsonl"
 LINE_EVERY_S = 10.0
@@ -98,8 +98,8 @@ class _EventFile:
 
 
 def without_nan(values: dict[str, Any]) -> dict[str, Any]:
-    """NaN as None: JSON has no NaN, and a regression has no accuracy."""
-    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values.items()}
+    """NaN and infinity as None: JSON has neither, and a regression has no accuracy."""
+    return {k: None if isinstance(value, float) and not math.isfinite(value) else value for k, value in values.items()}
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
@@ -111,17 +111,15 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 def _open_after(path: Path, first_step: int) -> IO[str]:
     """Opens the metrics for appending, without lines of steps that will be done again, and torn ones."""
     kept = []
-    if path.exists():
+    if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if 0 < json.loads(line)["step"] <= first_step:
                     kept.append(line)
             except (ValueError, LookupError, TypeError):
                 continue  # Torn by a kill.
-    # Never half written: a full disk must not cost the lines of steps whose checkpoint is there.
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     return path.open("a", encoding="utf-8")
 
 

@@ -19,12 +19,14 @@ from metadist.distributed.executor import Executor
 from metadist.distributed.learner import LearnerState
 from metadist.distributed.start import make_executor
 from metadist.errors import InterruptedRun, LearnerLostError
-from metadist.evaluation import Evaluation, evaluate_with, mean_and_interval, save_evaluation
+from metadist.evaluation import evaluate_with, save_evaluation
 from metadist.experiment import check_splits, make_experiment
 from metadist.interrupts import interruptible
 from metadist.journal import Journal
+from metadist.pictures import draw_training
 from metadist.resume import Resume, open_run
 from metadist.run_directory import RunDirectory
+from metadist.scores import Evaluation, mean_and_interval
 
 VALIDATION_SEED = 1
 """Validation episodes while training are other than those of `metadist evaluate --split val`, whose seed is 0."""
@@ -99,6 +101,7 @@ class MetaTrainer:
             directory.write_json("fingerprint.json", fingerprint)
             journal = stack.enter_context(Journal(config, experiment, directory, console, state))
             train(config, executor, journal, state, stop)
+            draw_training(directory.local)
             final = executor.state()
             evaluation = None
             if evaluate:

@@ -63,7 +63,9 @@ def with_statistics_from(module: nn.Module, source: Source, reference_size: int,
 
     Only its structure is kept (on torch's meta device): it is called through `functional_call`.
     """
-    skeleton = copy.deepcopy(module).to(device="meta")
+    # `.to("meta")` would part weights that two layers share, and one of them would never be given a value.
+    tensors = [*module.parameters(), *module.buffers()]
+    skeleton = copy.deepcopy(module, {id(tensor): _without_storage(tensor) for tensor in tensors})
     if isinstance(skeleton, nn.modules.batchnorm._BatchNorm):
         return EpisodicBatchNorm(skeleton, source, reference_size, record)
     for name, child in list(skeleton.named_modules()):
@@ -71,6 +73,11 @@ def with_statistics_from(module: nn.Module, source: Source, reference_size: int,
             parent, _, attribute = name.rpartition(".")
             setattr(skeleton.get_submodule(parent), attribute, EpisodicBatchNorm(child, source, reference_size, record))
     return skeleton
+
+
+def _without_storage(tensor: Tensor) -> Tensor:
+    bare = tensor.detach().to("meta")
+    return nn.Parameter(bare, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else bare
 
 
 def batch_norms(module: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:

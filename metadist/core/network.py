@@ -89,10 +89,14 @@ class Network:
         return self.statistics_layout.flatten(recorded)
 
     def bind(self, statistics: Tensor, *, training: bool, policy: BatchNormPolicy | None = None) -> "Network":
-        """This network with given running statistics, flat `[statistics]`, for training or for evaluation."""
+        """This network with given running statistics, flat `[statistics]`, for training or for evaluation.
+
+        Its constants move to where the statistics are.
+        """
         return dataclasses.replace(
             self,
             statistics=self.statistics_layout.unflatten(statistics),
+            constants={name: value.to(statistics.device) for name, value in self.constants.items()},
             training=training,
             policy=policy or self.policy,
         )
@@ -166,4 +170,10 @@ def _check_outputs(network: Network, module: nn.Module, spec: EpisodeSpec) -> No
                 f"model {name} must map {list(example.shape)} to {expected}"
                 f" ({'one logit a way' if spec.kind == 'classification' else 'one output a target dimension'}),"
                 f" got {found}. Change its last layer."
+            )
+    for path, value in network.constants.items():
+        if value._version:  # Counts writes, whether or not they changed anything.
+            raise ModelError(
+                f"model {name}: buffer {path!r} is written to when the model is called, and a task's gradient must"
+                " depend on its key alone. Use a layer without running state (batch norm's has a policy of its own)."
             )

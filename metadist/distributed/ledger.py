@@ -6,6 +6,9 @@ from collections.abc import Hashable, Iterable
 from metadist.core.plan import Range
 from metadist.errors import AdapterError
 
+MAX_CRASHES = 5
+"""Adapters that one range may bring down before it is taken to be the cause."""
+
 
 class Ledger:
     """Keeps account of ranges by their state: open -> submitted -> done, and back to open when lost."""
@@ -17,6 +20,7 @@ class Ledger:
         self._submitted: dict[Range, Hashable] = {}
         self._done: set[Range] = set()
         self._errors: dict[Range, str] = {}
+        self._crashes: dict[Range, int] = {}
         self._total = len(self._open)
         self.chunks_lost = 0
 
@@ -41,9 +45,19 @@ class Ledger:
         return True
 
     def lost(self, adapter: Hashable) -> list[Range]:
-        """Opens again, first in line, all that a dead adapter had not finished."""
+        """Opens again, first in line, all that a dead adapter had not finished.
+
+        Raises AdapterError where a range has brought down `MAX_CRASHES` adapters.
+        """
         lost = [span for span, holder in self._submitted.items() if holder == adapter]
         for span in lost:
+            self._crashes[span] = self._crashes.get(span, 0) + 1
+            if self._crashes[span] == MAX_CRASHES:
+                raise AdapterError(
+                    f"{self.name}: {MAX_CRASHES} adapters died while they computed chunks {span.start} to"
+                    f" {span.stop - 1}. Often that is too little memory: lower training.chunk_size, or see the worker"
+                    " logs of the Ray session."
+                )
             self._reopen(span)
         return lost
 

@@ -75,11 +75,11 @@ def check_derivatives_along_directions(problem: Problem, batch: EpisodeBatch, di
     """The meta-gradient along random directions, to 1e-6 of each derivative; gives the largest relative error.
 
     The step is short enough that no ReLU or max-pool of these episodes changes sides: then the loss is
-    smooth between the two points. Round-off is about 1e-16 / h = 1e-9.
+    smooth between the two points. Round-off is about 1e-16 / h = 1e-9 for h = 1e-7.
     """
     gradient = torch.from_numpy(problem.sums(batch).gradient)
     random = torch.Generator().manual_seed(3)
-    step, worst = 1e-6, 0.0
+    step, worst = 1e-7, 0.0
     for _ in range(directions):
         # Signs rather than normal numbers: every parameter moves by as much as any other.
         direction = torch.randint(0, 2, gradient.shape, generator=random).double() * 2 - 1

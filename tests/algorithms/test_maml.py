@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from metadist.algorithms import MAML
 from metadist.config import EvaluationSettings
@@ -155,7 +156,7 @@ def test_at_test_there_may_be_more_inner_steps_than_in_training(strategy):
         for steps in range(5):
             theta = [part.clone().requires_grad_() for part in problem.layout.unflatten(problem.theta).values()]
             phi = adapted_by_hand(tanh_network, theta, support, 0.1, steps, create_graph=False)
-            expected = float(loss_of(tanh_network, phi, query))
+            expected = loss_of(tanh_network, phi, query).item()
             assert scores.loss[0, task, steps] == pytest.approx(expected, rel=1e-10)
 
 
@@ -168,8 +169,10 @@ def test_a_config_says_how_many_inner_steps_there_are_at_test():
 
 @pytest.mark.parametrize("strategy", ["loop", "vmap"])
 def test_compiled_equals_eager(strategy):
+    # As small as it can be and still be of second order: compiling takes seconds.
     spec = regression(inputs=1, outputs=1, support_size=4, query_size=3)
-    problem = Problem(make(inner_steps=2), smooth_mlp(spec), spec, dtype=torch.float32)
+    module = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
+    problem = Problem(make(inner_steps=1), module, spec, dtype=torch.float32)
     batch = random_episodes(spec, 3, dtype=torch.float32)
     compiled, eager = (problem.sums(batch, strategy=strategy, compile=compile) for compile in (True, False))
     assert relative_error(compiled.gradient, eager.gradient) < 1e-5

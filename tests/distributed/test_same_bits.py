@@ -131,9 +131,7 @@ def test_an_adapter_killed_in_mid_step_costs_its_own_chunks_and_no_bit(local_ray
     assert bits(disturbed)[4] == bits(undisturbed)[4]
 
 
-def test_a_killed_learner_costs_the_steps_since_the_last_checkpoint_and_no_bit(
-    local_ray: None, tmp_path: Path
-) -> None:
+def test_a_killed_learner_costs_the_steps_since_the_last_checkpoint_and_no_bit(local_ray: None, tmp_path: Path) -> None:
     config = sinusoid(tmp_path, steps=400)
     undisturbed = fit(config, 0, "undisturbed")
     killed: list[int] = []

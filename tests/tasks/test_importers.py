@@ -28,11 +28,14 @@ from metadist.tasks.inspect import inspect_pool
 
 PARTS = {
     "images_background": [("Greek", 3), ("Latin_(old)", 3)],
-    "images_evaluation": [("Runes", 4)],
+    "images_evaluation": [("Ionic", 4)],
 }
-CHARACTERS = [f"Greek/character0{n}" for n in (1, 2, 3)]
-CHARACTERS += [f"Latin_(old)/character0{n}" for n in (1, 2, 3)]
-CHARACTERS += [f"Runes/character0{n}" for n in (1, 2, 3, 4)]
+CHARACTERS = sorted(
+    f"{alphabet}/character0{number + 1}"
+    for alphabets in PARTS.values()
+    for alphabet, characters in alphabets
+    for number in range(characters)
+)
 SIZES = {"train": 6, "val": 1, "test": 3}
 
 
@@ -140,10 +143,12 @@ def test_omniglot_has_one_class_a_character_and_ink_is_255_on_0(tmp_path, omnigl
     assert pool.classes == CHARACTERS
     assert pool.superclasses == [name.split("/")[0] for name in CHARACTERS]
     assert pool.sizes().tolist() == [2] * 10
-    # unscaled, a drawing is its own negative; class 4 is the second Latin character, examples are drawers 1 and 2
+    assert pq.read_table(tmp_path / "pool.parquet")["class"].to_pylist()[::2] == CHARACTERS
+    # unscaled, a drawing is its own negative; the examples of a class are those of drawers 1 and 2
+    start = pool.starts[CHARACTERS.index("Latin_(old)/character02")]
     for drawer in (1, 2):
         expected = np.where(drawing("images_background", "Latin_(old)", 2, drawer), 0, 255)
-        np.testing.assert_array_equal(pool.examples[pool.starts[4] + drawer - 1, 0], expected)
+        np.testing.assert_array_equal(pool.examples[start + drawer - 1, 0], expected)
 
 
 def test_omniglot_is_scaled_as_grey_unless_the_nearest_pixel_is_asked_for(tmp_path, omniglot):
@@ -233,7 +238,7 @@ def test_omniglot_with_other_content_is_refused(tmp_path, packed):
     expected = release().archives[1].content_sha256
     (as_zips if packed else as_directories)(source)
     files = omniglot_files("images_evaluation")
-    files["images_evaluation/Runes/character04/04_02.png"] += b"\0"
+    files["images_evaluation/Ionic/character04/04_02.png"] += b"\0"
     part = source / ("images_evaluation.zip" if packed else "images_evaluation")
     write_zip(part, files) if packed else write_tree(source, files)
     with pytest.raises(DataError) as caught:
@@ -322,7 +327,7 @@ def test_omniglot_is_downloaded_once_and_then_taken_from_the_cache(tmp_path, web
     served = release(archives=archives, vinyals_url=url + "/{split}.txt")
     for _ in range(2):
         import_omniglot(tmp_path / "pool.parquet", cache=tmp_path / "cache", split="vinyals", release=served)
-        assert splits_of(tmp_path / "pool.parquet")["Runes/character04"] == "val"
+        assert splits_of(tmp_path / "pool.parquet")["Latin_(old)/character03"] == "val"
         assert len(requests) == 5
 
 
@@ -571,10 +576,11 @@ def test_impossible_fractions_are_refused(fractions, fault):
     "text",
     [
         "class,split,superclass\nant,train,x\nbee,val,\ncat,test,y\n",
-        '\ufeffwords,wnid,split,superclass\r\n"a, b",ant,train,x\r\n,bee,val,\r\n,cat,test,y\r\n',
+        '\ufeffwnid,words,split,superclass\r\nant,"a, b",train,x\r\nbee,,val,\r\ncat,,test,y\r\n',
+        "words,wnid,split,superclass\n,ant,train,x\n,bee,val,\n,cat,test,y\n",
         "name,n,split,superclass\nant,1,train,x\nant,2,train,x\nbee,3,val,\n\ncat,4,test,y\n",
     ],
-    ids=["class", "wnid with a byte order mark", "first column, a row an example"],
+    ids=["class", "wnid with a byte order mark", "wnid further right", "first column, a row an example"],
 )
 def test_a_csv_file_gives_each_class_its_split_and_superclass(tmp_path, text):
     (tmp_path / "classes.csv").write_bytes(text.encode())

@@ -1,0 +1,84 @@
+"""How much faster two adapters are than one, each with one thread: `python -m benchmarks.scaling`.
+
+Both executors live side by side on one local Ray and take turns, so that other load on the machine
+meets both; the ratio of medians is the figure. What is timed is whole meta-iterations: publishing,
+adapting, reducing, stepping.
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from metadist import load_config
+from metadist.config import Config, ScalingSettings
+from metadist.core.plan import plan_step
+from metadist.distributed.executor import Executor
+from metadist.distributed.start import make_executor
+from metadist.experiment import make_experiment
+
+
+def seconds_of(executor: Executor, config: Config, first_step: int, steps: int) -> float:
+    """Wall-clock seconds of `steps` meta-iterations from `first_step`."""
+    training = config.training
+    began = time.perf_counter()
+    for step in range(first_step, first_step + steps):
+        plan = plan_step(training.seed, step, training.meta_batch_size, training.tasks_per_chunk)
+        theta = executor.publish()
+        executor.step(plan, theta, executor.run(plan, theta))
+    return time.perf_counter() - began
+
+
+@click.command()
+@click.argument("config", default="configs/omniglot_5w1s_maml.yaml")
+@click.option("--workers", multiple=True, type=int, default=(1, 2), show_default=True)
+@click.option("--steps", default=10, show_default=True, help="Meta-iterations a turn.")
+@click.option("--turns", default=7, show_default=True)
+@click.option("--out", default="benchmarks/results/scaling.json", show_default=True)
+def main(config: str, workers: tuple[int, ...], steps: int, turns: int, out: str) -> None:
+    """Times CONFIG with each number of workers, interleaved."""
+    import ray
+
+    console = Console()
+    settings = load_config(config)
+    experiment = make_experiment(settings)
+    ray.init(num_cpus=sum(workers), include_dashboard=False, log_to_driver=False)
+    executors: dict[int, Executor] = {}
+    for number in workers:
+        scaled = dataclasses.replace(settings, scaling=ScalingSettings(num_workers=number, start_timeout_s=600))
+        executors[number] = make_executor(scaled, experiment, console)
+        executors[number].start(None, None, lambda: False)
+    seconds: dict[int, list[float]] = {number: [] for number in workers}
+    for turn in range(turns):
+        for number, executor in executors.items():
+            seconds[number].append(seconds_of(executor, settings, turn * steps, steps))
+    tasks = steps * settings.training.meta_batch_size
+    medians = {number: tasks / statistics.median(times) for number, times in seconds.items()}
+    table = Table(title=f"{config}: {turns} turns of {steps} steps, one thread an adapter", title_justify="left")
+    for column in ("adapters", "tasks/s (median)", "slowest", "fastest", f"ratio to {workers[0]}"):
+        table.add_column(column, justify="right")
+    for number, times in seconds.items():
+        ratio = medians[number] / medians[workers[0]]
+        table.add_row(
+            str(number),
+            f"{medians[number]:.1f}",
+            f"{tasks / max(times):.1f}",
+            f"{tasks / min(times):.1f}",
+            f"{ratio:.2f}",
+        )
+    console.print(table)
+    for executor in executors.values():
+        executor.close()
+    ray.shutdown()
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"config": config, "steps": steps, "seconds": seconds, "tasks_per_second": medians}))
+
+
+if __name__ == "__main__":
+    main()
