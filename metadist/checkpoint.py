@@ -18,7 +18,7 @@ from safetensors.numpy import load, save
 
 from metadist.core.params import Layout
 from metadist.distributed.learner import LearnerState
-from metadist.errors import CheckpointError
+from metadist.errors import CheckpointError, RunDirectoryError
 from metadist.files import writing
 from metadist.run_directory import RunDirectory
 
@@ -52,12 +52,12 @@ class Checkpoints:
         }
         files = {f"{name}.safetensors": save(part) for name, part in tensors.items()}
         files["state.json"] = json.dumps({"format": FORMAT, "step": state.step}).encode()
-        manifest = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
         place = _place(state.step)
         self._directory.make(place)
         for name, content in files.items():
             self._directory.write(f"{place}/{name}", content)
-        self._directory.write_json(f"{place}/manifest.json", {"format": FORMAT, "sha256": manifest})
+        self._directory.write(f"{place}/manifest.json", _manifest(digests))
 
     def load(self, step: int) -> LearnerState:
         """Reads a checkpoint. Raises CheckpointError where anything in it is not as it was written."""
@@ -108,25 +108,34 @@ class Checkpoints:
                     self._directory.file_system.delete_dir(place)
 
     def _verified_files(self, place: str, where: str) -> dict[str, bytes]:
-        content = self._directory.read(f"{place}/manifest.json")
+        content = self._read(place, "manifest.json")
         try:
             digests = json.loads(content)["sha256"]
-            names = dict(digests)
+            # Nothing signs the manifest itself, so it must be what `save` writes, to the byte.
+            intact = isinstance(digests, dict) and content == _manifest(digests)
         except (ValueError, KeyError, TypeError):
-            raise CheckpointError(f"{where}: manifest.json is torn or altered. The checkpoint is not used.") from None
+            intact = False
+        if not intact:
+            raise CheckpointError(f"{where}: manifest.json is torn or altered. The checkpoint is not used.")
         files = {}
-        for name, digest in names.items():
+        for name, digest in digests.items():
             if not re.fullmatch(r"[a-z]+\.(safetensors|json)", name):
                 raise CheckpointError(f"{where}: manifest.json names the file {name!r}. The checkpoint is not used.")
             if not self._directory.exists(f"{place}/{name}"):
                 raise CheckpointError(f"{where}: {name} is missing. The checkpoint is not used.")
-            files[name] = self._directory.read(f"{place}/{name}")
+            files[name] = self._read(place, name)
             if hashlib.sha256(files[name]).hexdigest() != digest:
                 raise CheckpointError(
                     f"{where}: {name} has not the SHA-256 that manifest.json gives: one of them is torn or altered."
                     " The checkpoint is not used."
                 )
         return files
+
+    def _read(self, place: str, name: str) -> bytes:
+        try:
+            return self._directory.read(f"{place}/{name}")
+        except RunDirectoryError as error:
+            raise CheckpointError(f"{str(error).rpartition('. ')[0]}. The checkpoint is not used.") from None
 
     def _named(self, part: str, vector: np.ndarray) -> dict[str, np.ndarray]:
         named: dict[str, np.ndarray] = {}
@@ -181,6 +190,10 @@ class CheckpointWriter:
             self.wait()
         finally:
             self._pool.shutdown()
+
+
+def _manifest(digests: dict[str, str]) -> bytes:
+    return (json.dumps({"format": FORMAT, "sha256": digests}, indent=2) + "\n").encode()
 
 
 def _place(step: int) -> str:

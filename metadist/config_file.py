@@ -96,6 +96,7 @@ class Document:
                 raise ConfigError(f"--set {key}: {part} is a value, not a section of keys. Shorten the key.")
         section[path[-1]] = value
         self.overridden.add(path)
+        self.lines = {place: line for place, line in self.lines.items() if place[: len(path)] != path}
 
 
 def read_document(path: str) -> Document:

@@ -61,3 +61,8 @@ class InterruptedRun(MetadistError):
     """Training was interrupted; its checkpoint is written."""
 
     exit_status = 130
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a foreign error's message, short enough to stand inside one of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")

@@ -89,7 +89,9 @@ def random_episodes(spec: EpisodeSpec, tasks: int, seed: int = 0, dtype: torch.d
             y = torch.randn(tasks, size, spec.output_size, generator=random, dtype=torch.float64)
             return Examples(x.to(dtype), y.to(dtype))
         labels = torch.arange(size) % spec.output_size
-        return Examples(x.to(dtype), torch.stack([labels[torch.randperm(size, generator=random)] for _ in range(tasks)]))
+        return Examples(
+            x.to(dtype), torch.stack([labels[torch.randperm(size, generator=random)] for _ in range(tasks)])
+        )
 
     return EpisodeBatch(examples(spec.support_size), examples(spec.query_size))
 

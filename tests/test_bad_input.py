@@ -1,137 +1,202 @@
 """Everything that a user can get wrong: one message with place, value and remedy, and nothing saved is lost."""
 
-import os
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 
 from metadist.config import ScalingSettings
 from metadist.distributed.placement import check_fits
 from metadist.errors import ClusterError
-from tests.bad_input import (
-    CONV,
-    FEW_SHOT,
+from tests.bad_input.builders import (
     GOOD,
     RUN,
     Place,
     Prepare,
-    command,
-    config,
-    cut,
-    edited,
     evaluate,
     flip,
-    images,
-    one_checkpoint,
-    other_fingerprint,
-    png,
-    pool,
-    pool_file,
-    remove,
-    replace,
     resume,
     run,
     run_limited,
-    setting,
     sets,
-    train,
     used_run,
-    vectors,
 )
+from tests.bad_input.configs import WRONG_CONFIGS
+from tests.bad_input.data import WRONG_DATA
+from tests.bad_input.runs import DAMAGED_RUNS, FAILURES, HEALED, WRONG_COMMANDS, trained_then
 
-NAN, INF = float("nan"), float("inf")
 AT_ONCE_S = 30.0
 
-WRONG_CONFIGS = {
-    "misspelt task key": (edited("queries: 3", "quries: 3"), "task.quries is not a known key (bad.yaml, line 4)", "Did you mean task.queries?"),
-    "misspelt model key": (edited("hidden", "hiden"), "model.hiden", "(bad.yaml, line 7)", "Did you mean model.hidden?"),
-    "misspelt algorithm key": (edited("inner_lr", "inner_rate"), "algorithm.inner_rate", "line 10", "Did you mean algorithm.inner_lr?"),
-    "misspelt outer key": (edited("  lr:", "  rl:"), "outer.rl", "line 12", "Did you mean outer.lr?"),
-    "misspelt training key": (edited("meta_batch_size", "metabatch"), "training.metabatch", "line 15", "training.meta_batch_size?"),
-    "misspelt evaluation key": (edited("episodes", "episode"), "evaluation.episode is", "line 18", "evaluation.episodes?"),
-    "misspelt scaling key": (edited("num_workers", "workers"), "scaling.workers", "line 20", "scaling.num_workers?"),
-    "misspelt run key": (edited("checkpoint_config", "checkpoints"), "run.checkpoints", "line 23", "run.checkpoint_config?"),
-    "misspelt checkpoint key": (edited("checkpoint_frequency", "frequency"), "run.checkpoint_config.frequency", "line 24", "run.checkpoint_config.checkpoint_frequency?"),
-    "key like no other": (edited("hidden", "zzz"), "model.zzz", "line 7", "Valid here: name, hidden, batch_norm."),
-    "misspelt section": (edited("training:", "trainning:"), "trainning is not a known key (bad.yaml, line 13)", "Did you mean training?"),
-    "misspelt task": (edited("sinusoid", "sinus"), "task.name must be one of sinusoid, ", "got 'sinus' (bad.yaml, line 2)", "Did you mean 'sinusoid'?"),
-    "misspelt model": (edited("mlp", "mpl"), "model.name", "got 'mpl' (bad.yaml, line 6)", "Did you mean 'mlp'?"),
-    "misspelt algorithm": (edited("maml", "mamml"), "algorithm.name", "got 'mamml' (bad.yaml, line 9)", "Did you mean 'maml'?"),
-    "algorithm of no installed package": (edited("maml", "qqq"), "got 'qqq' (bad.yaml, line 9)", "is their package installed?"),
-    "a list for a name": (edited("name: maml", "name: [maml]"), "algorithm.name", "got ['maml']", "line 9"),
-    "negative rate": (edited("0.01", "-0.4"), "algorithm.inner_lr must be > 0, got -0.4 (bad.yaml, line 10)", "Try 0.4."),
-    "rate that is no number": (edited("0.01", ".nan"), "algorithm.inner_lr must be", "got nan (bad.yaml, line 10)"),
-    "infinite rate": (edited("0.01", ".inf"), "algorithm.inner_lr must be a finite number, got inf (bad.yaml, line 10)"),
-    "text for a number": (edited("0.01", "fast"), "algorithm.inner_lr must be a number, got 'fast' (bad.yaml, line 10)", "Write a number."),
-    "quoted number": (edited("0.01", "'1e-2'"), "algorithm.inner_lr must be a number, got '1e-2'", "Write 0.01 without quotes."),
-    "date for a number": (edited("0.01", "2024-05-01"), "algorithm.inner_lr must be a number, got '2024-05-01'", "line 10"),
-    "half a step": (setting("algorithm.inner_steps=1.5"), "algorithm.inner_steps must be a whole number, got 1.5 (--set)", "Try 2."),
-    "true for a number": (edited("steps: 2", "steps: true"), "training.steps must be a whole number, got True (bad.yaml, line 14)"),
-    "nothing for a number": (edited("steps: 2", "steps:"), "training.steps must be a whole number, got nothing (bad.yaml, line 14)", "leave the key out"),
-    "no steps": (edited("steps: 2", "steps: 0"), "training.steps must be >= 1, got 0 (bad.yaml, line 14)", "Raise it."),
-    "number for text": (edited("name: x", "name: 2024"), "run.name must be text, got 2024 (bad.yaml, line 22)", "Write '2024' in quotes."),
-    "wrong literal": (setting("algorithm.order=third"), "algorithm.order must be one of 'first' or 'second', got 'third'", "Choose one"),
-    "width of 0": (edited("[4]", "[4, 0]"), "model.hidden.1 must be >= 1, got 0 (bad.yaml, line 7)", "Raise it."),
-    "three betas": (setting("outer.betas=[0.9, 0.99, 0.999]"), "outer.betas must be a list of 2 values, got [0.9, 0.99, 0.999]"),
-    "missing section": (edited("model:\n  name: mlp\n  hidden: [4]\n", ""), "model.name must be given: one of mlp, conv4 (bad.yaml)", "Add `model: {name: mlp}`."),
-    "missing pool": (edited("name: sinusoid\n  shots: 3\n  queries: 3", "name: few_shot"), "task.pool must be given (bad.yaml, line 1)", "Add it."),
-    "list for a section": (edited("outer:\n  lr: 0.001", "outer: []"), "outer must be a section of keys, got [] (bad.yaml, line 11)", "Indent"),
-    "value for a section": (edited("outer:\n  lr: 0.001", "outer: false"), "outer must be a section of keys, got False (bad.yaml, line 11)"),
-    "several mistakes": (config(GOOD.replace("0.01", "-1").replace("hidden", "hiden")), "model.hiden", "line 7", "algorithm.inner_lr", "line 10"),
-    "empty file": (config(""), "bad.yaml: a config is a mapping of sections", "got nothing", "Start from a file in configs/."),
-    "list for a mapping": (config("- task\n- model\n"), "bad.yaml: a config is a mapping of sections", "got list", "Start from a file"),
-    "bracket left open": (edited("[4]", "[4"), "bad.yaml, line 8: not valid YAML (expected ',' or ']'", "Check indentation and quotes there."),
-    "tab": (edited("  lr", "\tlr"), "bad.yaml, line 12: not valid YAML", "Check indentation"),
-    "duplicate key": (edited("  lr: 0.001", "  lr: 0.001\n  lr: 0.1"), "outer.lr is written twice (bad.yaml, lines 12 and 13)", "Keep one"),
-    "list for a key": (config(GOOD + "? [a]\n: 3\n"), "bad.yaml, line 25: a key must be text", "Name the key."),
-    "section within itself": (config(GOOD + "x: &x\n  y: *x\n"), "bad.yaml", "not valid YAML (a section that holds itself"),
-    "tag that would run code": (edited("0.01", "!!python/object/apply:os.getcwd []"), "bad.yaml, line 10: not valid YAML", "python/object"),
-    "binary file": (config(b"\x89PNG\r\n\x1a\n\xff"), "bad.yaml: not a readable text file", "Give the path of a YAML file."),
-    "file with a zero byte": (config(GOOD.encode() + b"# \x00"), "bad.yaml, line 25: not valid YAML (the character 0x00 is no text)"),
-    "no such file": (command("train", "nope.yaml"), "nope.yaml: no such config file", "Give the path of a YAML file."),
-    "config that is a directory": (command("train", "."), ".: not a readable text file", "Give the path of a YAML file."),
-    "--set without =": (setting("training.steps"), "--set takes section.key=value, got 'training.steps'", "For example: --set training.steps=3000."),
-    "--set of a section": (setting("steps=3"), "--set takes section.key=value, got 'steps=3'"),
-    "--set of an unknown key": (setting("training.step=3"), "training.step is not a known key (--set)", "Did you mean training.steps?"),
-    "--set of an unknown section": (setting("trainin.steps=3"), "trainin is not a known key (--set)", "Did you mean training?"),
-    "--set of no YAML": (setting("model.hidden=[4"), "--set model.hidden: '[4' is not a YAML value (expected", "Check its brackets and quotes."),
-    "--set below a value": (setting("training.steps.x=3"), "--set training.steps.x: steps is a value", "Shorten the key."),
-    "chunk above the meta-batch": (edited("chunk_size: 1", "chunk_size: 3"), "training.chunk_size must be at most training.meta_batch_size = 2, got 3 (bad.yaml, line 16)", "Lower it."),
-    "momentum with adam": (setting("outer.momentum=0.9"), "outer.momentum is for outer.optimizer: sgd, got 0.9 with adam (--set)", "Use outer.betas or sgd."),
-    "warmup as long as the run": (setting("outer.warmup_steps=2"), "outer.warmup_steps must be below training.steps = 2, got 2", "Lower it."),
-    "final_lr above lr": (setting("outer.final_lr=0.5"), "outer.final_lr must be at most outer.lr = 0.001, got 0.5", "Lower it."),
-    "more workers at least than at most": (edited("num_workers: 0", "num_workers: [3, 1]"), "scaling.num_workers is (min, max)", "got (3, 1) (bad.yaml, line 20)", "Swap them."),
-    "negative workers": (edited("num_workers: 0", "num_workers: -1"), "scaling.num_workers must be >= 0 or a list, got -1", "Try 1."),
-    "run.name with a slash": (edited("name: x", "name: a/b"), "run.name must be the name of one directory, got 'a/b' (bad.yaml, line 22)", "Use run.storage_path for paths."),
-    "run.storage_path of nothing": (setting("run.storage_path=''"), "run.storage_path must be a directory or a URI, got '' (--set)", "Use . for"),
-    "batch norm without a policy": (pool(images(16, 16), config=CONV.replace("  batch_norm: support\n", "")), "training.batch_norm must be given", "--set training.batch_norm=transductive"),
-}
+CASES = [
+    pytest.param(*case, status, id=name)
+    for cases, status in (
+        (WRONG_CONFIGS, 2),
+        (WRONG_DATA, 2),
+        (WRONG_COMMANDS, 2),
+        (DAMAGED_RUNS, 2),
+        (FAILURES, 1),
+        (HEALED, 0),
+    )
+    for name, case in cases.items()
+]
 
-WRONG_DATA = {
-    "conv4 on vectors": (pool(config=CONV), "model.name: conv4 needs images", "have the shape [3]", "Use model.name: mlp."),
-    "image too small for four poolings": (pool(images(8, 8), config=CONV), "model.downsample: max_pool halves images of [8, 8] to nothing in block 4 of 4", "Use larger images or downsample: stride."),
-    "more ways than training classes": (pool(None, "task.ways=4"), "pool.parquet: task.ways = 4 is more than the 3 classes of split 'train'", "Lower task.ways"),
-    "shots and queries above a class": (pool(None, "task.shots=3"), "pool.parquet: class 'a' (train) has 3 examples", "3 + 1 = 4", "Lower them"),
-    "pool that is not there": (setting("task.pool=nope.parquet", config=FEW_SHOT), "nope.parquet: no such class pool", "metadist data import"),
-    "pool that is a directory": (setting("task.pool=.", config=FEW_SHOT), ".: not a readable Parquet file", "Import or copy it again."),
-    "pool at an address of no kind": (setting("task.pool=foo://a/b", config=FEW_SHOT), "foo://a/b: not a place that can be opened", "Use a local path, s3://"),
-    "pool without its classes": (pool(without=("class",)), "pool.parquet: a class pool needs the column 'class', found 'split', 'features'", "Add it"),
-    "pool without its splits": (pool(without=("split",)), "pool.parquet: a class pool needs the column 'split'", "Add it"),
-    "pool without inputs": (pool(without=("features",)), "pool.parquet: a class pool needs one of the columns 'image'", "'features'", "Name the one"),
-    "truncated pool": (pool_file(lambda content: content[: len(content) // 2]), "pool.parquet: not a readable Parquet file", "Import or copy it again."),
-    "pool of another format": (pool_file(lambda content: b"class,split\n"), "pool.parquet: not a readable Parquet file", "Import or copy it again."),
-    "pool file without content": (pool_file(lambda content: b""), "pool.parquet: not a readable Parquet file", "Import or copy it again."),
-    "NaN in features": (pool(vectors(spoil={4: [0.0, NAN, 0.0]})), "pool.parquet: class 'b', row 4 of the file: features hold NaN or infinity", "Impute or remove"),
-    "infinity in features": (pool(vectors(spoil={4: [0.0, INF, 0.0]})), "class 'b', row 4 of the file: features hold NaN or infinity", "Impute or remove"),
-    "vectors of two lengths": (pool(vectors(spoil={7: [0.0, 1.0]})), "pool.parquet: class 'c', row 7 of the file: the vector has 2 numbers, the first one has 3", "pad or remove"),
-    "images of two sizes": (pool(images(16, 16, {4: png(16, 12)}), config=CONV), "class 'b', row 4 of the file: the image is 12 x 16", "16 x 16", "--size"),
-    "image that is none": (pool(images(16, 16, {5: b"GIF"}), config=CONV), "class 'b', row 5 of the file: not a readable image", "Replace or remove it."),
-    "class in two splits": (pool([*vectors(), {"class": "a", "split": "test", "features": [0.0, 0.0, 0.0]}]), "pool.parquet: class 'a' lies in more than one split (test, train)", "give each class one split"),
-    "split of another name": (pool([*vectors(), {"class": "z", "split": "dev", "features": [0.0, 0.0, 0.0]}]), "pool.parquet: column 'split' must hold train, val or test, got 'dev'", "Rename it."),
-    "rotated vectors": (pool(None, "task.rotate_classes=true"), "pool.parquet: task.rotate_classes needs square images, got vectors", "Set it to false."),
-    "rotated images that are no squares": (pool(images(16, 20), "task.rotate_classes=true", config=CONV), "task.rotate_classes needs square images, got 20 x 16 pixels", "Set it to false."),
-    "pool to look at that is not there": (command("data", "inspect", "nope.parquet"), "nope.parquet: no such class pool", "metadist data import"),
-}
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory of the good config, with checkpoints of steps 1 and 2."""
+    path = tmp_path_factory.mktemp("trained")
+    (path / "good.yaml").write_text(GOOD)
+    outcome = run(["train", str(path / "good.yaml"), "--run-dir", str(path / "x"), "--no-evaluate"])
+    assert outcome.status == 0, outcome.said
+    return path / "x"
+
+
+@pytest.fixture
+def place(tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return Place(tmp_path, trained)
+
+
+def assert_says(text: str, message: str) -> None:
+    """`message`'s parts, divided by ` ... `, stand in the text in their order."""
+    position = 0
+    for part in message.split(" ... "):
+        found = text.find(part, position)
+        assert found >= 0, f"{part!r} is not in (the rest of) what was said:\n{text}"
+        position = found + len(part)
+
+
+@pytest.mark.parametrize(("prepare", "message", "status"), CASES)
+def test_what_is_wrong_is_named_with_a_remedy_and_nothing_saved_is_lost(
+    prepare: Prepare, message: str, status: int, place: Place
+) -> None:
+    arguments = prepare(place)
+    saved = place.files()
+    began = time.monotonic()
+    outcome = run(arguments)
+    assert time.monotonic() - began < AT_ONCE_S
+    assert "Traceback" not in outcome.said
+    assert outcome.status == status, outcome.said
+    assert_says(outcome.said, message)
+    if status == 0:
+        whole = {file.relative_to(place.trained): file.read_bytes() for file in place.trained.glob("checkpoints/*/*")}
+        assert place.files() == {str(Path(RUN) / name): content for name, content in whole.items()}
+    else:
+        assert outcome.stdout == ""
+        assert place.files() == saved
+
+
+LARGE = ("model.hidden=[40, 40]", "run.log_every=1")
+"""Checkpoints of 7 kB, and logs that grow with every step."""
+FOUR_STEPS = (*LARGE, "training.steps=4")
+MANY_STEPS = (*LARGE, "training.steps=40", "run.checkpoint_config.checkpoint_frequency=100")
+
+
+@pytest.mark.parametrize(
+    ("bytes_at_most", "command", "unwritten"),
+    [
+        pytest.param(5000, resume(*sets(FOUR_STEPS)), "step_00000003/theta.safetensors", id="checkpoint"),
+        pytest.param(2000, resume(*sets(MANY_STEPS)), "tensorboard", id="log"),
+        pytest.param(5000, evaluate(), "evaluation.png", id="picture"),
+    ],
+)
+def test_a_full_disk_costs_only_what_was_being_written(
+    bytes_at_most: int, command: list[str], unwritten: str, place: Place
+) -> None:
+    trained_then(*LARGE, then=[])(place)
+    saved = place.files()
+    # A file that may not grow fails as one on a full disk does: the rest of a write is refused.
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({bytes_at_most}, {bytes_at_most}))"
+    outcome = run_limited(limit, command, place)
+    assert outcome.status == 1
+    assert outcome.stdout == ""
+    assert "Traceback" not in outcome.said
+    assert_says(outcome.said, f"{RUN} ... {unwritten}: could not be written (File too large). Free space")
+    assert saved
+    assert place.files() == saved
+    assert not list(place.path.rglob("*.partial"))
+    again = run(command)
+    assert again.status == 0, again.said
+    assert ("Going on from step 2" in again.said) == (command[0] == "train")
+    if command[0] == "train":
+        elsewhere = [*command[: command.index("--run-dir")], *command[command.index("--run-dir") + 2 :]]
+        assert theta_of([*command, "--json"]) == theta_of([*elsewhere, "--json"])
+
+
+def theta_of(command: list[str]) -> str:
+    outcome = run(command)
+    assert outcome.status == 0, outcome.said
+    return str(json.loads(outcome.stdout)["theta_sha256"])
+
+
+@pytest.mark.parametrize(
+    ("locked", "status", "message"),
+    [
+        ("runs", 2, f"{RUN}: the run directory cannot be made (Permission denied). Choose another --run-dir."),
+        (RUN, 1, f"{RUN}/config.yaml: could not be written (Permission denied). Free space or correct permissions"),
+    ],
+    ids=["parent", "run directory"],
+)
+def test_a_place_that_may_not_be_written_is_refused(locked: str, status: int, message: str, place: Place) -> None:
+    if locked == RUN:
+        command = used_run(then=resume("--set", "training.steps=3"))(place)
+    else:
+        place.write(GOOD)
+        (place.path / "runs").mkdir()
+        command = resume()
+    saved = place.files()
+    (place.path / locked).chmod(0o555)
+    try:
+        # Root may write everywhere: PR_CAPBSET_DROP (24) of CAP_DAC_OVERRIDE (1) takes that from it.
+        obey = "import ctypes; os.geteuid() or ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)"
+        outcome = run_limited(obey, command, place)
+    finally:
+        (place.path / locked).chmod(0o755)
+    assert "Traceback" not in outcome.said
+    assert outcome.status == status, outcome.said
+    assert_says(outcome.said, message)
+    assert place.files() == saved
+    assert run(command).status == 0
+
+
+def test_damaged_later_checkpoints_do_not_push_out_the_good_one(place: Place) -> None:
+    keep_one = ("run.checkpoint_config.num_to_keep=1", "run.checkpoint_config.checkpoint_frequency=5")
+    command = trained_then("training.steps=3", then=resume(*sets(keep_one)))(place)
+    flip("theta.safetensors", step=2)(place.path / RUN)
+    flip("theta.safetensors", step=3)(place.path / RUN)
+    # Goes on from step 1 to the config's step 2: the one checkpoint to keep is that, not the damaged one of step 3.
+    assert run(command).status == 0
+    outcome = run(evaluate("--json"))
+    assert outcome.status == 0, outcome.said
+    assert json.loads(outcome.stdout)["step"] == 2
+
+
+NODES = [{"CPU": 2.0, "GPU": 1.0}, {"CPU": 1.5, "memory": 8.0}]
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        (
+            {"num_workers": 4},
+            "4 adapters of CPU 1 each ... which has CPU 3.5 on 2 nodes: room for 3. Lower --workers to 3",
+        ),
+        ({"num_workers": 8, "resources_per_worker": {"CPU": 0.5}}, "CPU 0.5 each ... room for 7. Lower --workers to 7"),
+        ({"num_workers": (2, 9), "use_gpu": True}, "2 adapters of CPU 1, GPU 1 each ... GPU 1 on 2 nodes: room for 1."),
+        ({"num_workers": 1, "resources_per_worker": {"CPU": 3}}, "has CPU 3.5 on 2 nodes: room for 0."),
+        ({"num_workers": 1, "resources_per_worker": {"TPU": 1}}, "adapters of TPU 1 each ... has TPU 0 on 2 nodes"),
+    ],
+)
+def test_adapters_that_do_not_fit_the_cluster_are_refused_before_they_start(scaling: dict, message: str) -> None:
+    with pytest.raises(ClusterError) as refused:
+        check_fits(ScalingSettings(**scaling), NODES, autoscaling=False)
+    assert_says(str(refused.value), f"scaling.num_workers: ... {message}")
+    check_fits(ScalingSettings(**scaling), NODES, autoscaling=True)
+
+
+@pytest.mark.parametrize("workers", [3, (3, 64), 0])
+def test_adapters_that_fit_the_cluster_are_not_refused(workers: int | tuple[int, int]) -> None:
+    check_fits(ScalingSettings(num_workers=workers), NODES, autoscaling=False)

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from metadist.config import ScalingSettings
 from metadist.distributed.placement import check_fits, resources_per_adapter
-from metadist.errors import ClusterError
+from metadist.errors import ClusterError, first_line
 
 CONNECT_TIMEOUT_S = 10.0
 
@@ -35,7 +35,9 @@ def connect(scaling: ScalingSettings, console: Console) -> Callable[[], None]:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             console.print("Starting a local Ray")
+            # "local": left out, Ray would join whatever cluster was last started on this machine.
             ray.init(
+                address="local",
                 num_cpus=_local_cpus(scaling, console),
                 include_dashboard=False,
                 log_to_driver=False,
@@ -45,11 +47,15 @@ def connect(scaling: ScalingSettings, console: Console) -> Callable[[], None]:
     except AuthenticationError as error:
         raise ClusterError(
             f"scaling.address: the cluster at {address} asks for a token that was not given or is wrong"
-            f" ({_first_line(error)}). Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token."
+            f" ({first_line(error)}). Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token."
         ) from None
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        if not address:
+            raise ClusterError(
+                f"a local Ray did not start ({first_line(error)}). See `metadist doctor`; --workers 0 needs no Ray."
+            ) from None
         raise ClusterError(
-            f"scaling.address: no Ray cluster can be joined at {address!r} ({_first_line(error)})."
+            f"scaling.address: no Ray cluster can be joined at {address!r} ({first_line(error)})."
             " Check the address and that its head runs (`ray status`), or leave it out for a local Ray."
         ) from None
     try:
@@ -102,7 +108,3 @@ def _keep_token_private() -> None:
     token = Path.home() / ".ray" / "auth_token"
     if token.exists():
         token.chmod(0o600)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

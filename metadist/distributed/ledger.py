@@ -41,6 +41,8 @@ class Ledger:
         self._submitted.pop(span, None)
         if span in self._done:
             return False
+        if span in self._open:  # It was given up for lost, and its result came after all.
+            self._open.remove(span)
         self._done.add(span)
         return True
 
@@ -67,7 +69,12 @@ class Ledger:
         self._reopen(span)
 
     def failed(self, span: Range, error: Exception) -> None:
-        """Notes that a range raised; the same error twice stops the run, another chance is given once."""
+        """Notes that a range raised; the same error twice stops the run, another chance is given once.
+
+        The error of a duplicate whose range is done already is dropped with it.
+        """
+        if span in self._done:
+            return
         message = str(error)
         if self._errors.get(span) == message:
             raise error

@@ -21,7 +21,7 @@ from metadist.distributed.fingerprint import refuse_other
 from metadist.distributed.learner import Learner, LearnerState
 from metadist.distributed.ledger import Ledger
 from metadist.distributed.placement import LEARNER_CPUS, adapter_options
-from metadist.errors import AdapterError, ClusterError, InterruptedRun, LearnerLostError, MetadistError
+from metadist.errors import AdapterError, ClusterError, InterruptedRun, LearnerLostError, MetadistError, first_line
 from metadist.experiment import Experiment
 
 POLL_S = 1.0
@@ -226,7 +226,7 @@ class RayExecutor:
                     self._replace(slot)
                 except ObjectLostError as error:
                     # Only the published theta is passed in; the learner can publish it again.
-                    raise LearnerLostError(f"the published theta was lost: {_first_line(error)}") from None
+                    raise LearnerLostError(f"the published theta was lost: {first_line(error)}") from None
                 except RayTaskError as error:
                     ledger.failed(span, _cause(error))
                 else:
@@ -268,7 +268,7 @@ class RayExecutor:
             slot.failed_starts += 1
             if slot.failed_starts >= MAX_FAILED_STARTS:
                 raise AdapterError(
-                    f"{slot.failed_starts} adapters in a row died while starting: {_first_line(error)}."
+                    f"{slot.failed_starts} adapters in a row died while starting: {first_line(error)}."
                     " Look into the worker logs of the Ray session (often: out of memory)."
                 ) from None
             self._replace(slot)
@@ -291,18 +291,14 @@ class RayExecutor:
             raise _cause(error) from None
         except RayError as error:
             self.counters.learners_lost += 1
-            raise LearnerLostError(f"the learner was lost: {_first_line(error)}") from None
+            raise LearnerLostError(f"the learner was lost: {first_line(error)}") from None
 
 
 def _cause(error: RayTaskError) -> Exception:
     """The error as it was raised in the actor, if it is one of ours."""
     if isinstance(error.cause, MetadistError):
         return error.cause
-    return AdapterError(f"an actor failed: {_first_line(error)}") if error.cause is None else error.cause
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return AdapterError(f"an actor failed: {first_line(error)}") if error.cause is None else error.cause
 
 
 def _node_of(slot: _Slot) -> str:

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from metadist.core.keys import SPLITS
-from metadist.errors import DataError
+from metadist.errors import DataError, first_line
 from metadist.files import open_file_system
 
 MAX_IMAGE_PIXELS = 4096 * 4096
@@ -142,7 +142,7 @@ def _read_table(path: str) -> pa.Table:
         ) from error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{path}: not a readable Parquet file ({_first_line(error)}). Import or copy it again."
+            f"{path}: not a readable Parquet file ({first_line(error)}). Import or copy it again."
         ) from error
     for column in ("class", "split"):
         if column not in names:
@@ -234,7 +234,7 @@ def decode_image(data: bytes | None, where: str) -> np.ndarray:
             grey = image.mode in ("1", "L")
             pixels = np.asarray(image.convert("L" if grey else "RGB"))
     except UNREADABLE_IMAGE as error:
-        raise DataError(f"{where}: not a readable image ({_first_line(error)}). Replace or remove it.") from error
+        raise DataError(f"{where}: not a readable image ({first_line(error)}). Replace or remove it.") from error
     return pixels[None] if grey else np.moveaxis(pixels, 2, 0)
 
 
@@ -270,7 +270,3 @@ def _cells(table: pa.Table, column: str) -> Iterator[tuple[str, Any]]:
 def _describe(shape: tuple[int, ...]) -> str:
     channels, height, width = shape
     return f"{width} x {height} with {channels} channel{'s' if channels > 1 else ''}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")

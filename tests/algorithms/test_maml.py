@@ -9,7 +9,7 @@ from metadist.config import EvaluationSettings
 from metadist.core.episode import Examples
 from metadist.core.meta_gradient import score_episodes
 from tests.algorithms.contracts import check_algorithm, curves, images, relative_error
-from tests.builders import Problem, Quadratic, random_episodes, regression, smooth_mlp, tiny_config
+from tests.builders import Problem, Quadratic, random_episodes, regression, tiny_config
 
 START, SUPPORT, QUERY = torch.tensor([[1.0, -2.0], [0.5, 3.0], [-1.0, 0.25]], dtype=torch.float64)
 
@@ -39,7 +39,9 @@ def conv4_network(weights, x):
 
 def loss_of(network, weights, examples):
     outputs = network(weights, examples.x)
-    return F.mse_loss(outputs, examples.y) if outputs.shape == examples.y.shape else F.cross_entropy(outputs, examples.y)
+    return (
+        F.mse_loss(outputs, examples.y) if outputs.shape == examples.y.shape else F.cross_entropy(outputs, examples.y)
+    )
 
 
 def adapted_by_hand(network, weights, support, inner_lr, inner_steps, *, create_graph):

@@ -53,7 +53,7 @@ CONV = FEW_SHOT.replace("mlp\n  hidden: [4]", "conv4\n  filters: 2").replace(
 
 CLASSES = {"a": "train", "b": "train", "c": "train", "d": "val", "e": "val", "f": "test", "g": "test"}
 
-RUN = "runs/x [/1]"
+RUN = "runs/x [red]"
 """A name that rich would take for markup."""
 
 
@@ -150,12 +150,18 @@ def setting(*assignments: str, config: str = GOOD) -> Prepare:
     return command(*train(*sets(assignments)), config=config)
 
 
-def pool(rows: list[dict] | None = None, *assignments: str, without: tuple[str, ...] = (), config: str = FEW_SHOT):
-    """Training on a class pool of these rows."""
+def pool(
+    rows: list[dict] | None = None,
+    *assignments: str,
+    without: tuple[str, ...] = (),
+    config: str = FEW_SHOT,
+    then: tuple[str, ...] = ("--no-evaluate",),
+) -> Prepare:
+    """Training on a class pool of these rows, without some columns."""
 
     def prepare(place: Place) -> list[str]:
         place.pool(rows, without)
-        return setting(*assignments, config=config)(place)
+        return command("train", "bad.yaml", "--workers", "0", *sets(assignments), *then, config=config)(place)
 
     return prepare
 
@@ -197,11 +203,12 @@ Damage = Callable[[Path], None]
 
 
 def used_run(*damages: Damage, then: list[str]) -> Prepare:
-    """A run directory whose config is bad.yaml, with checkpoints of steps 1 and 2, damaged; and what is done with it."""
+    """A run of bad.yaml with checkpoints of steps 1 and 2, damaged; and what is done with it then."""
 
     def prepare(place: Place) -> list[str]:
         place.write(GOOD)
         shutil.copytree(place.trained, place.path / RUN)
+        assert len(place.files()) == 10
         for damage in damages:
             damage(place.path / RUN)
         return then

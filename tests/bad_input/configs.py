@@ -50,7 +50,7 @@ WRONG_CONFIGS: dict[str, tuple[Prepare, str]] = {
     ),
     "misspelt task": (
         edited("sinusoid", "sinus"),
-        "task.name must be one of sinusoid,  ... got 'sinus' (bad.yaml, line 2) ... Did you mean 'sinusoid'?",
+        "task.name must be one of sinusoid, ... got 'sinus' (bad.yaml, line 2) ... Did you mean 'sinusoid'?",
     ),
     "misspelt model": (edited("mlp", "mpl"), "model.name ... got 'mpl' (bad.yaml, line 6) ... Did you mean 'mlp'?"),
     "misspelt algorithm": (

@@ -22,11 +22,15 @@ WRONG_DATA: dict[str, tuple[Prepare, str]] = {
     ),
     "image too small for four poolings": (
         pool(images(8, 8), config=CONV),
-        "model.downsample: max_pool halves images of [8, 8] to nothing in block 4 of 4 ... Use larger images or downsample: stride.",
+        "model.downsample: max_pool halves images of [8, 8] to nothing in block 4 of 4 ... Use larger images",
     ),
     "more ways than training classes": (
         pool(None, "task.ways=4"),
         "pool.parquet: task.ways = 4 is more than the 3 classes of split 'train' ... Lower task.ways",
+    ),
+    "more ways than test classes": (
+        pool(None, "task.ways=3", then=()),
+        "pool.parquet: task.ways = 3 is more than the 2 classes of split 'test'. Lower task.ways, or move classes",
     ),
     "shots and queries above a class": (
         pool(None, "task.shots=3"),

@@ -8,6 +8,7 @@ from metadist.errors import NonFiniteError
 
 SIZES = (5, 19, 32)
 """Of the separate parameters that the flat vector stands for: odd ones, so that no block of a vector unit fits."""
+SIZE = sum(SIZES)
 STEPS = 7
 
 OPTIMIZERS = [
@@ -32,8 +33,8 @@ OPTIMIZERS = [
 ]
 
 
-def vectors(count, size=sum(SIZES), seed=0):
-    return list(torch.randn(count, size, generator=torch.Generator().manual_seed(seed)))
+def vectors(count):
+    return list(torch.randn(count, SIZE, generator=torch.Generator().manual_seed(0)))
 
 
 def loop_with(gradients, outer, num_steps=STEPS, start=None):

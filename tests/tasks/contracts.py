@@ -60,7 +60,12 @@ def _check_that_the_same_key_gives_the_same_episode(source: TaskSource) -> None:
 
 def _check_that_other_keys_give_other_episodes(source: TaskSource) -> None:
     first = KEYS[0]
-    others = [*KEYS[1:], first._replace(run_seed=4), first._replace(step=6), *(first._replace(split=s) for s in SPLITS[1:])]
+    others = [
+        *KEYS[1:],
+        first._replace(run_seed=4),
+        first._replace(step=6),
+        *(first._replace(split=s) for s in SPLITS[1:]),
+    ]
     batch = source.sample([first, *others])
     episodes = [bits(batch, task) for task in range(1 + len(others))]
     for number, key in enumerate(others, start=1):

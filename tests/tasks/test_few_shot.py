@@ -127,7 +127,9 @@ def test_every_example_of_a_class_is_drawn_into_support_and_query(tmp_path):
     path, names = image_pool(tmp_path)
     source = FewShot(pool=path, ways=5, shots=2, queries=3).open()
     for part in range(2):
-        drawn = {(number, example) for task in recognised(source, names, "val", 80) for _, number, _, example in task[part]}
+        drawn = {
+            (number, example) for task in recognised(source, names, "val", 80) for _, number, _, example in task[part]
+        }
         assert len(drawn) == CLASSES["val"] * EXAMPLES
 
 

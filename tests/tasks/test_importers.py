@@ -746,6 +746,16 @@ def test_the_folder_command_tells_what_it_left_out(tmp_path):
     assert "4 classes left out" in result.stdout
 
 
+def test_the_folder_command_takes_a_prefix_and_only_what_lists_name(tmp_path):
+    files = {f"train/{name}": content for name, content in FLAT.items()} | {"val/emu/1.png": picture(1)}
+    (tmp_path / "mine.txt").write_text("dog\ncat\n")
+    options = ["--prefix", "train", "--split-list", f"val={tmp_path / 'mine.txt'}", "--only-listed"]
+    out = tmp_path / "pool.parquet"
+    result = run("import", "folder", "--source", write_tree(tmp_path / "source", files), "--out", out, *options)
+    assert result.exit_code == 0, result.exception
+    assert splits_of(out) == {"cat": "val", "dog": "val"}
+
+
 def test_the_commands_raise_our_errors_for_the_command_line_to_print(tmp_path):
     result = run("import", "folder", "--source", tmp_path / "none")
     assert isinstance(result.exception, DataError)
