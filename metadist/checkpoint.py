@@ -39,9 +39,16 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints whose manifest is there, in order; they may still turn out to be altered."""
+        return [step for step in self._begun() if self._directory.exists(f"{_place(step)}/manifest.json")]
+
+    def unfinished(self) -> list[str]:
+        """Where checkpoints lie that were not written to their end."""
+        finished = self.steps()
+        return [f"{self._directory.location}/{_place(step)}" for step in self._begun() if step not in finished]
+
+    def _begun(self) -> list[int]:
         names = self._directory.names("checkpoints")
-        found = sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
-        return [step for step in found if self._directory.exists(f"{_place(step)}/manifest.json")]
+        return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
 
     def save(self, state: LearnerState) -> None:
         """Writes a checkpoint. Raises MetadistError; then no older one has been touched."""

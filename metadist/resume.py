@@ -41,6 +41,9 @@ def open_run(
             f"{directory.location} holds no checkpoint to go on from. Correct --run-dir, or use --resume auto."
         )
     if not saved_steps:
+        for place in checkpoints.unfinished():
+            console.print(Text(f"{place} has no manifest.json: it was not finished and does not count.", "yellow"))
+        _refuse_other_files(directory)
         directory.create()
         directory.write_yaml("config.yaml", asked)
         return None, None
@@ -69,6 +72,17 @@ def _fingerprint(directory: RunDirectory) -> dict[str, Any]:
         f"{directory.location}/fingerprint.json is missing or damaged, so it cannot be told whether this machine"
         " computes the run's bits. Restore it, or resume with --allow-numeric-drift."
     )
+
+
+def _refuse_other_files(directory: RunDirectory) -> None:
+    """A config.yaml that no run has written may be the user's own, with comments."""
+    if directory.exists("config.yaml") and not (
+        directory.exists("checkpoints") or directory.exists("fingerprint.json")
+    ):
+        raise RunDirectoryError(
+            f"{directory.location} holds a config.yaml that would be written over, and is no run directory."
+            " Choose another --run-dir, or move that file away."
+        )
 
 
 def _refuse_other_run(directory: RunDirectory, asked: dict[str, Any]) -> None:

@@ -61,11 +61,15 @@ class EpisodeSpec:
                     )
             else:
                 _check_tensor(f"{where}: {name}.y", examples.y, (len(keys), size, self.output_size), torch.float32)
-            for task, key in enumerate(keys):
-                if not (torch.isfinite(examples.x[task]).all() and torch.isfinite(examples.y[task]).all()):
-                    raise EpisodeError(
-                        f"{where}: {name} set of task {key} holds NaN or infinity. Clean the data it is drawn from."
-                    )
+            # One sum tells for all tasks at once; only then is the bad one looked for.
+            if not torch.isfinite(examples.x.sum() + examples.y.sum()):
+                _raise_for_bad_task(f"{where}: {name}", examples, keys)
+
+
+def _raise_for_bad_task(name: str, examples: Examples, keys: Sequence[TaskKey]) -> None:
+    for task, key in enumerate(keys):
+        if not (torch.isfinite(examples.x[task]).all() and torch.isfinite(examples.y[task]).all()):
+            raise EpisodeError(f"{name} set of task {key} holds NaN or infinity. Clean the data it is drawn from.")
 
 
 def _check_tensor(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

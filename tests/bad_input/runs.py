@@ -56,6 +56,13 @@ def of_another_pool(place: Place) -> list[str]:
     return arguments
 
 
+def config_within(place: Place) -> list[str]:
+    """A config of the user's own where the run's resolved one would come to lie."""
+    (place.path / "runs/x").mkdir(parents=True)
+    place.write(GOOD, "runs/x/config.yaml")
+    return ["train", "runs/x/config.yaml", "--run-dir", "runs/x", "--workers", "0"]
+
+
 def below_a_file(place: Place) -> list[str]:
     place.write("not a directory", "runs")
     return command(*train("--run-dir", "runs/x"))(place)
@@ -103,6 +110,10 @@ WRONG_COMMANDS: dict[str, tuple[Prepare, str]] = {
     "run directory below a file": (
         below_a_file,
         "runs/x: the run directory cannot be made (Not a ... another --run-dir",
+    ),
+    "run directory that holds the config": (
+        config_within,
+        "runs/x holds a config.yaml that would be written over ... Choose another --run-dir",
     ),
     "--resume must without a run": (
         command(*resume("--resume", "must")),
@@ -251,6 +262,10 @@ HEALED: dict[str, tuple[Prepare, str]] = {
     "the newest manifest not written": (
         used_run(remove(f"{NEWEST}/manifest.json"), then=resume()),
         f"Going on from step 1 of {RUN}",
+    ),
+    "the only manifest not written": (
+        used_run(one_checkpoint, remove(f"{NEWEST}/manifest.json"), then=resume()),
+        f"{STEP_2} has no manifest.json: it was not finished and does not count.",
     ),
     "the newest theta cut short": (
         used_run(cut("theta.safetensors", 100), then=resume()),
