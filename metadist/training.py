@@ -143,7 +143,8 @@ def train(
             executor.replace_learner(saved)
             step = saved.step if saved else 0
     if step < training.steps:
-        journal.checkpoint(executor.state())
+        if state is None or step > state.step:
+            journal.checkpoint(executor.state())
         journal.close()
         raise InterruptedRun(f"Interrupted after step {step} of {training.steps}; the checkpoint is written.")
 

@@ -21,7 +21,15 @@ from metadist.distributed.fingerprint import refuse_other
 from metadist.distributed.learner import Learner, LearnerState
 from metadist.distributed.ledger import Ledger
 from metadist.distributed.placement import LEARNER_CPUS, adapter_options
-from metadist.errors import AdapterError, ClusterError, InterruptedRun, LearnerLostError, MetadistError, first_line
+from metadist.errors import (
+    AdapterError,
+    ClusterError,
+    FingerprintError,
+    InterruptedRun,
+    LearnerLostError,
+    MetadistError,
+    first_line,
+)
 from metadist.experiment import Experiment
 
 POLL_S = 1.0
@@ -106,10 +114,12 @@ class RayExecutor:
         num_steps: int,
         scaling: ScalingSettings,
         disconnect: Callable[[], None] = lambda: None,
+        notify: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.counters = Counters()
         self._scaling = scaling
         self._disconnect = disconnect
+        self._notify = notify
         self._experiment = [ray.put(experiment)]
         self._learner_arguments = (self._experiment, outer, num_steps)
         self._fingerprint: dict[str, Any] | None = None
@@ -140,10 +150,7 @@ class RayExecutor:
         return self._published
 
     def run(self, plan: Plan, theta: ray.ObjectRef) -> dict[Range, ray.ObjectRef]:
-        ledger = Ledger(f"step {plan.step}", plan.ranges(self.num_adapters))
-        return self._compute(
-            ledger, lambda slot, span: slot.actor.sum_range.options(num_returns=2).remote(plan, span, theta)
-        )
+        return self._sums(plan, theta, plan.ranges(self.num_adapters))
 
     def step(self, plan: Plan, theta: ray.ObjectRef, sums: dict[Range, ray.ObjectRef]) -> dict[str, float]:
         while True:
@@ -152,24 +159,30 @@ class RayExecutor:
             if isinstance(report, dict):
                 self._published = call[1]
                 return report
-            ledger = Ledger(f"step {plan.step}", report)
             self.counters.chunks_recomputed += sum(span.stop - span.start for span in report)
-            sums |= self._compute(
-                ledger, lambda slot, span: slot.actor.sum_range.options(num_returns=2).remote(plan, span, theta)
-            )
+            sums |= self._sums(plan, theta, report)
 
     def evaluate(
         self, plan: Plan, theta: ray.ObjectRef, inner_steps: int, policies: list[BatchNormPolicy]
     ) -> EpisodeScores:
-        # Four ranges an adapter: short enough to share the work evenly, long enough to outweigh the calls.
-        ledger = Ledger("evaluation", plan.ranges(4 * self.num_adapters))
-        found = self._compute(
-            ledger,
-            lambda slot, span: slot.actor.score_range.options(num_returns=2).remote(
+        def submit(slot: _Slot, span: Range) -> tuple[ray.ObjectRef, ray.ObjectRef]:
+            call: tuple[ray.ObjectRef, ray.ObjectRef] = slot.actor.score_range.options(num_returns=2).remote(
                 plan, span, theta, inner_steps, policies
-            ),
-        )
-        parts = [ray.get(found[span]) for span in sorted(found)]
+            )
+            return call
+
+        scores: dict[Range, EpisodeScores] = {}
+        # Four ranges an adapter: short enough to share the work evenly, long enough to outweigh the calls.
+        missing = plan.ranges(4 * self.num_adapters)
+        while missing:
+            found = self._compute(Ledger("evaluation", missing), submit)
+            missing = []
+            for span, reference in found.items():
+                try:
+                    scores[span] = ray.get(reference)
+                except ObjectLostError:
+                    missing.append(span)
+        parts = [scores[span] for span in sorted(scores)]
         return EpisodeScores(*(np.concatenate(part, axis=1) for part in zip(*parts, strict=True)))
 
     def state(self) -> LearnerState:
@@ -177,6 +190,8 @@ class RayExecutor:
         return state
 
     def replace_learner(self, state: LearnerState | None) -> None:
+        if self._learner is not None:
+            ray.kill(self._learner)
         actor = ray.remote(LearnerActor).options(
             num_cpus=LEARNER_CPUS,
             # Beside the driver, which writes its checkpoints.
@@ -194,12 +209,24 @@ class RayExecutor:
         disconnect, self._disconnect = self._disconnect, lambda: None
         disconnect()
 
+    def _sums(self, plan: Plan, theta: ray.ObjectRef, ranges: list[Range]) -> dict[Range, ray.ObjectRef]:
+        def submit(slot: _Slot, span: Range) -> tuple[ray.ObjectRef, ray.ObjectRef]:
+            call: tuple[ray.ObjectRef, ray.ObjectRef] = slot.actor.sum_range.options(num_returns=2).remote(
+                plan, span, theta
+            )
+            return call
+
+        return self._compute(Ledger(f"step {plan.step}", ranges), submit)
+
     def _compute(
         self, ledger: Ledger, submit: Callable[[_Slot, Range], tuple[ray.ObjectRef, ray.ObjectRef]]
     ) -> dict[Range, ray.ObjectRef]:
         """Hands out the ledger's ranges until all are done; gives where each result lies."""
         calls: dict[ray.ObjectRef, tuple[_Slot, Range, ray.ObjectRef]] = {}
         results: dict[Range, ray.ObjectRef] = {}
+        for slot in self._slots:
+            # A call left over from a plan that was given up only comes first in its actor's queue.
+            slot.busy = False
         idle_since = time.monotonic()
         while not ledger.complete:
             for slot in self._slots:
@@ -275,7 +302,16 @@ class RayExecutor:
             return
         except RayTaskError as error:
             raise _cause(error) from None
-        refuse_other(fingerprint, self._fingerprint, f"an adapter on node {_node_of(slot)}")
+        try:
+            refuse_other(fingerprint, self._fingerprint, "an adapter that Ray started")
+        except FingerprintError as error:
+            if self.num_adapters < max(1, self._scaling.worker_limits[0]):
+                raise
+            # There are enough others: this one is sent away, and the run goes on.
+            self._notify(f"Refused: {error}")
+            self._slots.remove(slot)
+            ray.kill(slot.actor)
+            return
         self._fingerprint = fingerprint
         slot.starting, slot.failed_starts = None, 0
 
@@ -299,7 +335,3 @@ def _cause(error: RayTaskError) -> Exception:
     if isinstance(error.cause, MetadistError):
         return error.cause
     return AdapterError(f"an actor failed: {first_line(error)}") if error.cause is None else error.cause
-
-
-def _node_of(slot: _Slot) -> str:
-    return str(slot.actor._actor_id.hex()[:8])

@@ -17,4 +17,4 @@ def make_executor(config: Config, experiment: Experiment, console: Console) -> E
     from metadist.distributed.ray_executor import RayExecutor
 
     disconnect = connect(config.scaling, console)
-    return RayExecutor(*arguments, config.scaling, disconnect)
+    return RayExecutor(*arguments, config.scaling, disconnect, console.print)

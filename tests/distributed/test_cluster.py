@@ -104,7 +104,7 @@ def test_big_arrays_of_a_source_are_shared_by_the_adapters_of_a_node(cluster: An
 
 @pytest.mark.ray
 def test_a_node_that_comes_is_used_and_one_that_goes_is_missed_by_nobody(cluster: Any, tmp_path: Path) -> None:
-    steps, results = 1500, []
+    steps, results = 800, []
     config = load_config(CONFIG, [f"training.steps={steps}", "run.checkpoint_config.checkpoint_frequency=50"])
     # All are kept, so that their number tells the progress.
     kept = dataclasses.replace(config.run.checkpoint_config, num_to_keep=1000)
