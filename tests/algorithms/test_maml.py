@@ -169,13 +169,18 @@ def test_a_config_says_how_many_inner_steps_there_are_at_test():
     assert tiny_config(algorithm=algorithm, evaluation=EvaluationSettings(inner_steps=10)).inner_steps_at_test == 10
 
 
-@pytest.mark.parametrize("strategy", ["loop", "vmap"])
-def test_compiled_equals_eager(strategy):
+@pytest.mark.parametrize(
+    ("strategy", "middle", "policy"), [("vmap", nn.Tanh(), "transductive"), ("loop", nn.BatchNorm1d(3), "running")]
+)
+def test_compiled_equals_eager(strategy, middle, policy):
     # As small as it can be and still be of second order: compiling takes seconds.
     spec = regression(inputs=1, outputs=1, support_size=4, query_size=3)
-    module = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
-    problem = Problem(make(inner_steps=1), module, spec, dtype=torch.float32)
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(1, 3), middle, nn.Linear(3, 1))
+    problem = Problem(make(inner_steps=1), module, spec, policy=policy, dtype=torch.float32)
     batch = random_episodes(spec, 3, dtype=torch.float32)
     compiled, eager = (problem.sums(batch, strategy=strategy, compile=compile) for compile in (True, False))
     assert relative_error(compiled.gradient, eager.gradient) < 1e-5
     assert compiled.metrics[0] == pytest.approx(eager.metrics[0], rel=1e-5)
+    np.testing.assert_allclose(compiled.statistics, eager.statistics, rtol=1e-5)
+    assert compiled.statistics.size == (6 if policy == "running" else 0)

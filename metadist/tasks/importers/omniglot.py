@@ -79,8 +79,8 @@ def import_omniglot(
 
     `finn`: 1,100 train, 100 val and 423 test characters at random, as many as in the code of Finn et al.
     2017 (cbfinn/maml, data_generator.py, whose flag `test_set` picks the 100). Their shuffle depends on the
-    order of a directory listing; ours is `shuffled(characters, seed)`. `vinyals`: the 1,028, 172 and 423 of Vinyals et al. 2016, from lists beside
-    the images.
+    order of a directory listing; ours is `shuffled(characters, seed)`. `vinyals`: the 1,028, 172 and 423 of
+    Vinyals et al. 2016, from lists beside the images.
 
     Images are turned from 1 bit to grey before they are resized. Finn et al. ask Pillow for Lanczos on
     1-bit images, for which it takes the nearest pixel without a word; `resample="nearest"` gives that.
