@@ -16,11 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from metadist import load_config
-from metadist.config import Config, ScalingSettings
+from metadist.config import Config
 from metadist.core.plan import plan_step
 from metadist.distributed.executor import Executor
 from metadist.distributed.start import make_executor
 from metadist.experiment import make_experiment
+from metadist.sections import ScalingSettings
 
 
 def seconds_of(executor: Executor, config: Config, first_step: int, steps: int) -> float:

@@ -9,16 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from metadist.config import (
-        CheckpointSettings,
-        Config,
-        EvaluationSettings,
-        FailureSettings,
-        RunSettings,
-        ScalingSettings,
-        TrainingSettings,
-        load_config,
-    )
+    from metadist.config import Config, load_config
     from metadist.core.algorithm import Algorithm
     from metadist.core.episode import EpisodeBatch, EpisodeSpec, Examples
     from metadist.core.keys import TaskKey, generator
@@ -27,21 +18,20 @@ if TYPE_CHECKING:
     from metadist.errors import MetadistError, UserError
     from metadist.evaluation import evaluate
     from metadist.scores import Evaluation
+    from metadist.sections import (
+        CheckpointSettings,
+        EvaluationSettings,
+        FailureSettings,
+        RunSettings,
+        ScalingSettings,
+        TrainingSettings,
+    )
     from metadist.training import MetaTrainer, Result
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "metadist.config": (
-        "CheckpointSettings",
-        "Config",
-        "EvaluationSettings",
-        "FailureSettings",
-        "RunSettings",
-        "ScalingSettings",
-        "TrainingSettings",
-        "load_config",
-    ),
+    "metadist.config": ("Config", "load_config"),
     "metadist.core.algorithm": ("Algorithm",),
     "metadist.core.episode": ("EpisodeBatch", "EpisodeSpec", "Examples"),
     "metadist.core.keys": ("TaskKey", "generator"),
@@ -50,6 +40,14 @@ _HOMES = {
     "metadist.errors": ("MetadistError", "UserError"),
     "metadist.evaluation": ("evaluate",),
     "metadist.scores": ("Evaluation",),
+    "metadist.sections": (
+        "CheckpointSettings",
+        "EvaluationSettings",
+        "FailureSettings",
+        "RunSettings",
+        "ScalingSettings",
+        "TrainingSettings",
+    ),
     "metadist.training": ("MetaTrainer", "Result"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -3,119 +3,25 @@
 import dataclasses
 import difflib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
+from metadist.config_errors import explain, unknown_key
 from metadist.config_file import Document, read_document
 from metadist.core.algorithm import Algorithm
-from metadist.core.batch_norm import BatchNormPolicy
-from metadist.core.keys import SPLITS
 from metadist.core.outer import OuterSettings
-from metadist.core.settings import settings
 from metadist.errors import ConfigError
 from metadist.extensions import algorithms, models, tasks
-
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-Split = Literal["train", "val", "test"]
-
-
-@settings
-class TrainingSettings:
-    """Section `training`."""
-
-    steps: Count = 1000
-    meta_batch_size: Count = 32
-    """Tasks a step."""
-    chunk_size: Count | None = None
-    """Tasks adapted in one call; left out, an eighth of the meta-batch. Fixes the bits: never follows the workers."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    batch_norm: BatchNormPolicy | None = None
-    """Must be given where the model has batch norm."""
-    strategy: Literal["auto", "vmap", "loop"] = "auto"
-    """`auto`: one by one for models with convolutions on a CPU, all tasks of a chunk at once otherwise."""
-    compile: Literal["auto"] | bool = "auto"
-    """`auto`: compiled for models with convolutions, whose runs are long enough to repay it."""
-
-    @property
-    def tasks_per_chunk(self) -> int:
-        return self.chunk_size or -(-self.meta_batch_size // 8)
-
-
-@settings
-class EvaluationSettings:
-    """Section `evaluation`."""
-
-    split: Split = "test"
-    episodes: Count = 600
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    inner_steps: CountOrZero | None = None
-    """Inner steps at test; left out, the algorithm's own."""
-    every: CountOrZero = 0
-    """Steps between evaluations on the validation split while training; 0 for none."""
-    val_episodes: Count = 200
-    """Episodes of each of those."""
-
-
-@settings
-class ScalingSettings:
-    """Section `scaling`, in the words of Ray's ScalingConfig."""
-
-    num_workers: CountOrZero | tuple[Count, Count] = 2
-    """Adapters: a number, or (min, max) for as many as the cluster has room for; 0 trains in this process."""
-    resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] = field(default_factory=lambda: {"CPU": 1.0})
-    use_gpu: bool = False
-    """One GPU an adapter, unless resources_per_worker says otherwise."""
-    placement_strategy: Literal["PACK", "SPREAD"] = "PACK"
-    threads_per_worker: Count = 1
-    """torch's threads in every process that computes, with Ray or without: the bits depend on it."""
-    address: str | None = None
-    """A Ray cluster's address; left out, $RAY_ADDRESS or a new local one."""
-    start_timeout_s: Annotated[float, Field(gt=0)] = 120.0
-    """How long to wait for the first (or the least number of) adapters."""
-
-    @property
-    def worker_limits(self) -> tuple[int, int]:
-        """Least and largest number of adapters."""
-        return self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
-
-
-@settings
-class FailureSettings:
-    """`run.failure_config`, in the words of Ray's FailureConfig."""
-
-    max_failures: Annotated[int, Field(ge=-1)] = 3
-    """How often a lost learner is replaced; -1 for always. Lost adapters are always replaced."""
-
-
-@settings
-class CheckpointSettings:
-    """`run.checkpoint_config`, in the words of Ray's CheckpointConfig."""
-
-    num_to_keep: Count = 3
-    """The last so many are kept, and the best by validation."""
-    checkpoint_frequency: Count = 1000
-    """Steps between checkpoints; the last step always has one."""
-
-
-@settings
-class RunSettings:
-    """Section `run`, in the words of Ray's RunConfig: the run directory is `storage_path/name`."""
-
-    name: str | None = None
-    """Left out, the config file's name."""
-    storage_path: str = "runs"
-    """A local directory or a URI (s3://, gs://)."""
-    failure_config: FailureSettings = field(default_factory=FailureSettings)
-    checkpoint_config: CheckpointSettings = field(default_factory=CheckpointSettings)
-    log_every: Count = 10
-    """Steps between lines of metrics.jsonl."""
+from metadist.sections import (
+    EvaluationSettings,
+    RunSettings,
+    ScalingSettings,
+    TrainingSettings,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +81,7 @@ def config_from_document(document: Document) -> Config:
     problems: list[str] = []
     for key in document.data:
         if key not in named and key not in _FIXED_SECTIONS:
-            problems.append(_unknown(document, (key,), [*named, *_FIXED_SECTIONS]))
+            problems.append(unknown_key(document, (key,), [*named, *_FIXED_SECTIONS]))
     sections: dict[str, Any] = {}
     for section, known in named.items():
         sections[section] = _named_section(document, section, known, problems)
@@ -315,95 +221,5 @@ def _section(document: Document, section: str, kind: type, data: Any, problems: 
     try:
         return TypeAdapter(kind).validate_json(json.dumps(data))
     except ValidationError as error:
-        problems.extend(_explain(document, section, kind, error))
+        problems.extend(explain(document, section, kind, error))
         return None
-
-
-def _explain(document: Document, section: str, kind: type, error: ValidationError) -> list[str]:
-    """One sentence a wrong key, out of pydantic's errors (several for one key where a union is allowed)."""
-    rules: dict[tuple[str | int, ...], list[str]] = {}
-    for item in error.errors():
-        path = document.existing((section, *item["loc"]), item["type"])
-        if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            valid = ["name"] * (section in ("task", "model", "algorithm")) + _fields_at(kind, path[1:-1])
-            rules[path] = [_unknown(document, path, valid)]
-        elif item["type"] == "missing":
-            rules[path] = [f"{_dotted(path)} must be given{document.place(path[:-1])}. Add it."]
-        else:
-            rules.setdefault(path, []).append(_rule(item))
-    messages = []
-    for path, found in rules.items():
-        if found[0].startswith(_dotted(path)):
-            messages.append(found[0])
-            continue
-        value = document.value(path)
-        messages.append(
-            f"{_dotted(path)} must be {' or '.join(dict.fromkeys(found))}, got {_shown(value)}"
-            f"{document.place(path)}.{_try(value, found)}"
-        )
-    return messages
-
-
-def _rule(item: Any) -> str:
-    context = {key: f"{value:g}" if isinstance(value, float) else value for key, value in item.get("ctx", {}).items()}
-    simple = {
-        "greater_than": "> {gt}",
-        "greater_than_equal": ">= {ge}",
-        "less_than": "< {lt}",
-        "less_than_equal": "<= {le}",
-        "finite_number": "a finite number",
-        "literal_error": "{expected}",
-        "too_long": "a list of {max_length} values",
-        "too_short": "a list of at least {min_length} values",
-    }
-    if item["type"] in simple:
-        text = simple[item["type"]].format(**context)
-        return f"one of {text}" if item["type"] == "literal_error" else text
-    kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text"}
-    kinds |= {"tuple": "a list", "dict": "a section of keys", "dataclass": "a section of keys", "none": "left out"}
-    return kinds.get(item["type"].split("_")[0], item["msg"][:1].lower() + item["msg"][1:])
-
-
-def _try(value: Any, rules: list[str]) -> str:
-    if any(rule.startswith("one of") for rule in rules):
-        return " Choose one of these."
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        if any(rule.startswith(">") for rule in rules):
-            return f" Try {-value}." if value < 0 else " Raise it."
-        if any(rule.startswith("<") for rule in rules):
-            return " Lower it."
-        if "a whole number" in rules:
-            return f" Try {round(value)}."
-        if "text" in rules:
-            return f" Write '{value}' in quotes."
-    if isinstance(value, str) and any("number" in rule for rule in rules):
-        try:
-            return f" Write {yaml.safe_load(repr(float(value)))!r} without quotes."
-        except ValueError:
-            return " Write a number."
-    return " Write a value, or leave the key out." if value is None else " Correct it."
-
-
-def _fields_at(kind: type, path: Sequence[str | int]) -> list[str]:
-    for part in path:
-        kinds = {f.name: f.type for f in dataclasses.fields(kind)}
-        kind = kinds[str(part)]  # type: ignore[assignment]
-    return [f.name for f in dataclasses.fields(kind)]
-
-
-def _unknown(document: Document, path: tuple[str | int, ...], valid: Sequence[str]) -> str:
-    near = difflib.get_close_matches(str(path[-1]), valid, n=1, cutoff=0.5)
-    hint = f"Did you mean {_dotted((*path[:-1], near[0]))}?" if near else f"Valid here: {', '.join(valid)}."
-    return f"{_dotted(path)} is not a known key{document.place(path)}. {hint}"
-
-
-def _dotted(path: Sequence[str | int]) -> str:
-    return ".".join(map(str, path))
-
-
-def _shown(value: Any) -> str:
-    text = "nothing" if value is None else repr(value)
-    return text if len(text) < 80 else text[:77] + "..."
-
-
-assert SPLITS == ("train", "val", "test")

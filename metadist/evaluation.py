@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from metadist.checkpoint import Checkpoints
-from metadist.config import Config, EvaluationSettings, config_from_document
+from metadist.config import Config, config_from_document
 from metadist.config_file import parse_document
 from metadist.core.batch_norm import BatchNormPolicy
 from metadist.core.plan import plan_evaluation
@@ -19,6 +19,7 @@ from metadist.experiment import Experiment, check_splits, make_experiment
 from metadist.pictures import draw_evaluation
 from metadist.run_directory import RunDirectory
 from metadist.scores import NO_BATCH_NORM, Evaluation, PolicyScores, mean_and_interval
+from metadist.sections import EvaluationSettings
 
 
 def evaluate_with(executor: Executor, config: Config, settings: EvaluationSettings) -> Evaluation:

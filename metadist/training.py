@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from metadist.config import Config, RunSettings, ScalingSettings
+from metadist.config import Config
 from metadist.core.plan import plan_evaluation, plan_step
 from metadist.distributed.executor import Executor
 from metadist.distributed.learner import LearnerState
@@ -27,6 +27,7 @@ from metadist.pictures import draw_training
 from metadist.resume import Resume, open_run
 from metadist.run_directory import RunDirectory
 from metadist.scores import Evaluation, mean_and_interval
+from metadist.sections import RunSettings, ScalingSettings
 
 VALIDATION_SEED = 1
 """Validation episodes while training are other than those of `metadist evaluate --split val`, whose seed is 0."""

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from metadist.algorithms import MAML
-from metadist.config import Config, ScalingSettings, TrainingSettings
+from metadist.config import Config
 from metadist.core.algorithm import Algorithm
 from metadist.core.episode import EpisodeBatch, EpisodeSpec, Examples
 from metadist.core.keys import TaskKey
@@ -13,6 +13,7 @@ from metadist.core.meta_gradient import MetaGradient, Sums
 from metadist.core.network import Network, make_network
 from metadist.core.params import Layout
 from metadist.models import MLP, Conv4
+from metadist.sections import ScalingSettings, TrainingSettings
 from metadist.tasks import Sinusoid
 
 # As the adapters do: the bits of a sum depend on the number of threads.

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from metadist.config import ScalingSettings
 from metadist.distributed.placement import check_fits
 from metadist.errors import ClusterError
+from metadist.sections import ScalingSettings
 from tests.bad_input.builders import (
     GOOD,
     RUN,

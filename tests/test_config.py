@@ -11,18 +11,11 @@ import yaml
 from torch import nn
 
 from metadist.algorithms import MAML
-from metadist.config import (
-    Config,
-    ScalingSettings,
-    TrainingSettings,
-    config_from_document,
-    config_to_dict,
-    differences,
-    load_config,
-)
+from metadist.config import Config, config_from_document, config_to_dict, differences, load_config
 from metadist.config_file import dump_yaml, parse_document
 from metadist.errors import ConfigError
 from metadist.models import MLP
+from metadist.sections import ScalingSettings, TrainingSettings
 from metadist.tasks import Sinusoid
 from tests.bad_input.builders import run
 

@@ -11,9 +11,9 @@ import ray
 from ray.exceptions import AuthenticationError
 from rich.console import Console
 
-from metadist.config import ScalingSettings
 from metadist.distributed.placement import check_fits, resources_per_adapter
 from metadist.errors import ClusterError, first_line
+from metadist.sections import ScalingSettings
 
 CONNECT_TIMEOUT_S = 10.0
 

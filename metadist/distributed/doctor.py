@@ -126,8 +126,8 @@ def _cluster(address: str | None) -> list[Finding]:
     import ray
     from rich.console import Console
 
-    from metadist.config import ScalingSettings
     from metadist.distributed.cluster import connect
+    from metadist.sections import ScalingSettings
 
     try:
         disconnect = connect(ScalingSettings(num_workers=0, address=address), Console(quiet=True))

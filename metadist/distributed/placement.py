@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from metadist.config import ScalingSettings
 from metadist.errors import ClusterError
+from metadist.sections import ScalingSettings
 
 LEARNER_CPUS = 0
 """The learner steps while the adapters wait, so it takes no CPU of its own from them."""

@@ -10,7 +10,6 @@ import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from metadist.config import ScalingSettings
 from metadist.core.batch_norm import BatchNormPolicy
 from metadist.core.meta_gradient import EpisodeScores, Sums
 from metadist.core.outer import OuterSettings
@@ -31,6 +30,7 @@ from metadist.errors import (
     first_line,
 )
 from metadist.experiment import Experiment
+from metadist.sections import ScalingSettings
 
 POLL_S = 1.0
 """How often a wait looks up to see whether it should stop."""

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from metadist.algorithms import MAML
-from metadist.config import EvaluationSettings
 from metadist.core.episode import Examples
 from metadist.core.meta_gradient import score_episodes
+from metadist.sections import EvaluationSettings
 from tests.algorithms.contracts import check_algorithm, curves, images, relative_error
 from tests.builders import Problem, Quadratic, random_episodes, regression, tiny_config
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import nn
 
-from metadist.config import TrainingSettings
 from metadist.core.episode import Examples
 from metadist.core.meta_gradient import Sums
 from metadist.core.network import make_network
@@ -14,6 +13,7 @@ from metadist.core.plan import Plan, Range
 from metadist.distributed.learner import Learner
 from metadist.experiment import make_experiment
 from metadist.models import MLP
+from metadist.sections import TrainingSettings
 from tests.builders import classification, random_episodes, regression, tiny_config
 
 SUPPORT, QUERY = 6, 9

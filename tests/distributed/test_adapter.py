@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from metadist.algorithms import MAML
-from metadist.config import ScalingSettings, TrainingSettings
 from metadist.core.episode import EpisodeBatch, Examples
 from metadist.core.meta_gradient import MetaGradient
 from metadist.core.plan import Plan, Range
@@ -17,6 +16,7 @@ from metadist.distributed.adapter import Adapter
 from metadist.errors import AdapterError, EpisodeError, NonFiniteError
 from metadist.experiment import make_experiment
 from metadist.models import MLP
+from metadist.sections import ScalingSettings, TrainingSettings
 from metadist.tasks import Sinusoid
 from tests.builders import regression, tiny_config
 

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from metadist import MetaTrainer, load_config
-from metadist.config import ScalingSettings
 from metadist.core.episode import EpisodeBatch, EpisodeSpec
 from metadist.core.keys import TaskKey
 from metadist.distributed.placement import check_fits
 from metadist.errors import ClusterError
+from metadist.sections import ScalingSettings
 from metadist.tasks.sinusoid import Sinusoid
 from metadist.training import Result
 from tests.distributed.faulty import processes_named

@@ -3,7 +3,6 @@ import math
 import numpy as np
 import pytest
 
-from metadist.config import TrainingSettings
 from metadist.core.meta_gradient import Sums
 from metadist.core.outer import OuterSettings
 from metadist.core.plan import Plan, Range, plan_step
@@ -12,6 +11,7 @@ from metadist.distributed.learner import Learner
 from metadist.errors import NonFiniteError
 from metadist.experiment import make_experiment
 from metadist.models import MLP
+from metadist.sections import TrainingSettings
 from tests.builders import tiny_config
 
 STEPS = 6

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from metadist import MetaTrainer, load_config
-from metadist.config import Config, ScalingSettings
+from metadist.config import Config
 from metadist.errors import AdapterError
+from metadist.sections import ScalingSettings
 from metadist.tasks.class_pool import PoolRow, write_pool
 from metadist.training import Result
 from tests.distributed.faulty import KillsItsAdapter, Raises, processes_named
