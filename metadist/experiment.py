@@ -1,6 +1,8 @@
 """From a config to the objects that compute: the one place where settings become a task source, a network, a theta."""
 
 import copy
+import os
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +71,7 @@ def make_experiment(config: Config) -> Experiment:
         run_seed=training.seed,
         chunk_size=training.tasks_per_chunk,
         strategy=_strategy(training.strategy, has_convolutions, device),
-        compile=has_convolutions if training.compile == "auto" else training.compile,
+        compile=_compiled(has_convolutions, device) if training.compile == "auto" else training.compile,
         device=device,
         threads=config.scaling.threads_per_worker,
     )
@@ -109,6 +111,16 @@ def _make_module(config: Config, source: TaskSource) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise ModelError(f"model {type(model).__name__}: build(spec) must return an nn.Module, got {module!r}.")
     return module
+
+
+def cxx_compiler() -> str | None:
+    """The C++ compiler that torch.compile would use on a CPU; None where there is none."""
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+
+
+def _compiled(has_convolutions: bool, device: str) -> bool:
+    """The documented rule of `training.compile: auto`."""
+    return has_convolutions and (device == "cuda" or cxx_compiler() is not None)
 
 
 def _strategy(asked: str, has_convolutions: bool, device: str) -> Strategy:

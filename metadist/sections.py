@@ -28,7 +28,8 @@ class TrainingSettings:
     strategy: Literal["auto", "vmap", "loop"] = "auto"
     """`auto`: one by one for models with convolutions on a CPU, all tasks of a chunk at once otherwise."""
     compile: Literal["auto"] | bool = "auto"
-    """`auto`: compiled for models with convolutions, whose runs are long enough to repay it."""
+    """`auto`: compiled for models with convolutions, whose runs are long enough to repay it, where a C++
+    compiler is there (on a GPU none is needed)."""
 
     @property
     def tasks_per_chunk(self) -> int:

@@ -13,6 +13,7 @@ from typing import Literal
 from rich.table import Table
 
 from metadist.errors import ClusterError
+from metadist.experiment import cxx_compiler
 
 GIB = 2**30
 MIN_SHARED_MEMORY = GIB
@@ -67,10 +68,10 @@ def _versions() -> list[Finding]:
 
 
 def _compiler() -> list[Finding]:
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    compiler = cxx_compiler()
     if compiler:
         return [Finding("C++ compiler", "ok", compiler)]
-    remedy = "install g++, or set training.compile: false (slower)"
+    remedy = "install g++: models with convolutions train about 2.5 times as fast with it"
     return [Finding("C++ compiler", "note", "none: torch.compile cannot be used on the CPU", remedy)]
 
 
