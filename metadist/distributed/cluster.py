@@ -44,19 +44,16 @@ def connect(scaling: ScalingSettings, console: Console) -> Callable[[], None]:
                 logging_level=logging.ERROR,
             )
             _keep_token_private()
-    except AuthenticationError as error:
-        raise ClusterError(
-            f"scaling.address: the cluster at {address} asks for a token that was not given or is wrong"
-            f" ({first_line(error)}). Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token."
-        ) from None
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (AuthenticationError, ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         if not address:
             raise ClusterError(
                 f"a local Ray did not start ({first_line(error)}). See `metadist doctor`; --workers 0 needs no Ray."
             ) from None
+        # Ray reports a missing token as a failed connection.
         raise ClusterError(
-            f"scaling.address: no Ray cluster can be joined at {address!r} ({first_line(error)})."
-            " Check the address and that its head runs (`ray status`), or leave it out for a local Ray."
+            f"scaling.address: somebody answers at {address!r}, but Ray cannot join ({first_line(error)}). If that"
+            " cluster asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or ~/.ray/auth_token); otherwise"
+            " check that it is the head's port (usually 6379) and of the same Ray version."
         ) from None
     try:
         check_fits(scaling, _nodes(), _autoscaling())
