@@ -54,7 +54,7 @@ def draw_training(directory: Path) -> Path | None:
     axis.plot(steps, values, color=GREY, linewidth=0.5, alpha=0.4)
     means = values[:whole].reshape(-1, width).mean(1)
     axis.plot(steps[width - 1 : whole : width], means, color=BLUE, label="training tasks")
-    validated = [line for line in lines if "val_loss" in line]
+    validated = [line for line in lines if line.get(f"val_{name}") is not None]
     if validated:
         scores = [scale * line[f"val_{name}"] for line in validated]
         axis.plot(

@@ -174,6 +174,17 @@ def test_damaged_later_checkpoints_do_not_push_out_the_good_one(place: Place) ->
     assert json.loads(outcome.stdout)["step"] == 2
 
 
+def test_a_validation_that_diverges_is_told_and_does_not_stop_training(place: Place) -> None:
+    # One inner step of this size is harmless, and 20 at test overflow float32.
+    diverging = ("algorithm.inner_lr=20.0", "evaluation.inner_steps=20", "evaluation.every=1")
+    place.write(GOOD)
+    outcome = run(resume(*sets((*diverging, "evaluation.val_episodes=2", "training.steps=3")), "--json"))
+    assert outcome.status == 0, outcome.said
+    assert "step 3  validation loss nan" in outcome.said
+    assert json.loads(outcome.stdout)["step"] == 3
+    assert json.loads(run(evaluate("--json")).stdout)["loss"] == {"mean": None, "ci95": None}
+
+
 NODES = [{"CPU": 2.0, "GPU": 1.0}, {"CPU": 1.5, "memory": 8.0}]
 
 

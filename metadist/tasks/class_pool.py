@@ -99,7 +99,7 @@ def write_pool(rows: Iterable[PoolRow], path: Path) -> int:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            pq.write_table(table, partial, compression="zstd", row_group_size=4096)
+            pq.write_table(table, partial, compression="zstd", row_group_size=4096, write_page_checksum=True)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -133,7 +133,7 @@ def _read_table(path: str) -> pa.Table:
     file_system, inner = open_file_system(path)
     try:
         with file_system.open_input_file(inner) as stream:
-            table = pq.read_table(stream)
+            table = pq.read_table(stream, page_checksum_verification=True)
             table.validate(full=True)
             names = table.column_names
     except FileNotFoundError as error:

@@ -17,9 +17,9 @@ from PIL import Image
 from metadist.commands import data as commands
 from metadist.errors import DataError
 from metadist.tasks.class_pool import PoolRow, read_pool
-from metadist.tasks.importers import download as download_module
+from metadist.tasks.importers import file_tree as file_tree_module
 from metadist.tasks.importers import omniglot as omniglot_module
-from metadist.tasks.importers.download import FileTree
+from metadist.tasks.importers.file_tree import FileTree
 from metadist.tasks.importers.folder import SplitFile, SplitFractions, SplitLists, import_folder, shuffled
 from metadist.tasks.importers.omniglot import Archive, Release, import_omniglot
 from metadist.tasks.inspect import inspect_pool
@@ -342,7 +342,7 @@ def test_a_member_that_leads_out_of_its_archive_is_refused(tmp_path, name):
 
 
 def test_a_large_file_is_refused_in_an_archive_and_in_a_directory(tmp_path, monkeypatch):
-    monkeypatch.setattr(download_module, "MAX_MEMBER_BYTES", 10)
+    monkeypatch.setattr(file_tree_module, "MAX_MEMBER_BYTES", 10)
     files = {"a/small.png": bytes(10), "a/large.png": bytes(11)}
     write_zip(tmp_path / "a.zip", files)
     with pytest.raises(DataError, match=r"member 'a/large\.png' has 11 bytes, more than 10"):

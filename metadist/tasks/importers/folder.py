@@ -14,7 +14,8 @@ from PIL import Image, ImageOps
 from metadist.core.keys import SPLITS
 from metadist.errors import DataError
 from metadist.tasks.class_pool import UNREADABLE_IMAGE, PoolRow, decode_image, write_pool
-from metadist.tasks.importers.download import FileTree, Progress, no_progress, some
+from metadist.tasks.importers.download import Progress, no_progress
+from metadist.tasks.importers.file_tree import FileTree, some
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 KEPT_FORMATS = ("PNG", "JPEG")

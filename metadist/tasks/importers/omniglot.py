@@ -14,7 +14,8 @@ from PIL import Image
 from metadist.core.keys import SPLITS
 from metadist.errors import DataError
 from metadist.tasks.class_pool import PoolRow, decode_image, write_pool
-from metadist.tasks.importers.download import FileTree, Progress, download, no_progress, some
+from metadist.tasks.importers.download import Progress, download, no_progress
+from metadist.tasks.importers.file_tree import FileTree, some
 from metadist.tasks.importers.folder import ImportSummary, shuffled, summarise
 
 RAW = "https://raw.githubusercontent.com"
