@@ -5,6 +5,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from metadist.checkpoint import Checkpoints, CheckpointWriter
 from metadist.config import Config
@@ -79,9 +80,9 @@ class Journal:
         if 0 <= allowed < self._failures:
             raise error
         self._writer.wait()
-        state = self._checkpoints.load_latest(lambda text: self._console.print(f"[yellow]{text}"))
+        state = self._checkpoints.load_latest(lambda text: self._console.print(Text(text, "yellow")))
         step = state.step if state else 0
-        self._console.print(f"[yellow]{error}. Going on from step {step}.")
+        self._console.print(Text(f"{error}. Going on from step {step}.", "yellow"))
         self._tracker.rewind(step)
         return state
 

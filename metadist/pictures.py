@@ -75,6 +75,8 @@ def picture_of(evaluation: Evaluation, directory: Path) -> Path:
 
 
 def _scores_per_step(evaluation: Evaluation) -> "Figure":
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _figure(1)
     axis = axes[0]
     steps = range(evaluation.inner_steps + 1)
@@ -88,7 +90,7 @@ def _scores_per_step(evaluation: Evaluation) -> "Figure":
     axis.set_xlabel("inner steps")
     axis.set_ylabel("query accuracy, %" if evaluation.is_classification else "query loss")
     axis.set_title(f"{evaluation.episodes} {evaluation.split} episodes, 95 % intervals", loc="left")
-    axis.set_xticks(list(steps))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(evaluation.policies) > 1:
         axis.legend(frameon=False)
     return figure

@@ -10,6 +10,7 @@ from pathlib import Path
 import ray
 from ray.exceptions import AuthenticationError
 from rich.console import Console
+from rich.text import Text
 
 from metadist.distributed.placement import check_fits, resources_per_adapter
 from metadist.errors import ClusterError, first_line
@@ -31,7 +32,7 @@ def connect(scaling: ScalingSettings, console: Console) -> Callable[[], None]:
     try:
         if address:
             _check_answers(address)
-            console.print(f"Joining the Ray cluster at {address}")
+            console.print(Text(f"Joining the Ray cluster at {address}"))
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             console.print("Starting a local Ray")

@@ -45,5 +45,5 @@ def check_fits(scaling: ScalingSettings, nodes: list[dict[str, float]], autoscal
         raise ClusterError(
             f"scaling.num_workers: {least} adapters of {each} each do not fit the cluster, which has {has} on"
             f" {len(nodes)} node{'s' if len(nodes) != 1 else ''}: room for {room}."
-            f" Lower --workers to {room}, or add nodes."
+            f" {f'Lower --workers to {room}, or add' if room else 'Add'} nodes."
         )
