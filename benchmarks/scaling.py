@@ -43,12 +43,12 @@ def seconds_of(executor: Executor, config: Config, first_step: int, steps: int) 
 @click.option("--out", default="benchmarks/results/scaling.json", show_default=True)
 def main(config: str, workers: tuple[int, ...], steps: int, turns: int, out: str) -> None:
     """Times CONFIG with each number of workers, interleaved."""
-    import ray
+    from metadist.distributed.cluster import connect
 
     console = Console()
     settings = load_config(config)
     experiment = make_experiment(settings)
-    ray.init(num_cpus=sum(workers), include_dashboard=False, log_to_driver=False)
+    disconnect = connect(ScalingSettings(num_workers=sum(workers)), console)
     executors: dict[int, Executor] = {}
     for number in workers:
         scaled = dataclasses.replace(settings, scaling=ScalingSettings(num_workers=number, start_timeout_s=600))
@@ -75,7 +75,7 @@ def main(config: str, workers: tuple[int, ...], steps: int, turns: int, out: str
     console.print(table)
     for executor in executors.values():
         executor.close()
-    ray.shutdown()
+    disconnect()
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"config": config, "steps": steps, "seconds": seconds, "tasks_per_second": medians}))

@@ -14,7 +14,7 @@ from metadist.distributed.learner import LearnerState
 from metadist.errors import CheckpointError, MetadistError
 from metadist.run_directory import RunDirectory
 
-THETA = Layout({"net.weight": (3, 4), "net.bias": (3,), "rate": ()})
+THETA = Layout({"net.weight": (3, 4), "rate": (), "net.bias": (3,)})
 STATISTICS = Layout({"norm.running_mean": (2,), "norm.running_var": (2,)})
 FILES = ["theta.safetensors", "statistics.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
 
@@ -77,13 +77,22 @@ def test_a_state_before_the_first_step_has_no_optimizer_and_maybe_no_statistics(
 def test_any_reader_of_safetensors_finds_the_parameters_by_name(checkpoints, place):
     checkpoints.save(state_at(3))
     found = load_file(place(3) / "theta.safetensors")
-    # 3 * 4 weights row by row, then 3 biases, then the scalar.
+    # 3 * 4 weights row by row, then the scalar, then 3 biases.
     theta = state_at(3).theta
     assert found["net.weight"].tobytes() == theta[:12].tobytes()
     assert found["net.weight"].shape == (3, 4)
-    assert found["net.bias"].tobytes() == theta[12:15].tobytes()
+    assert found["rate"].tobytes() == theta[12:13].tobytes()
     assert found["rate"].shape == ()
-    assert found["rate"].tobytes() == theta[15:].tobytes()
+    assert found["net.bias"].tobytes() == theta[13:].tobytes()
+
+
+def test_the_manifest_gives_the_sha_256_of_every_other_file(checkpoints, place):
+    checkpoints.save(state_at(3))
+    digests = {name: hashlib.sha256((place(3) / name).read_bytes()).hexdigest() for name in FILES[:-1]}
+    text = (place(3) / "manifest.json").read_text()
+    assert json.loads(text) == {"format": 1, "sha256": digests}
+    assert '"format": 1,' in text
+    assert sorted(path.name for path in place(3).iterdir()) == sorted(FILES)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -180,7 +189,7 @@ def test_a_run_without_checkpoints_has_no_state(checkpoints):
 def test_steps_are_in_the_order_of_numbers_and_other_names_do_not_count(checkpoints, directory):
     for step in (100_000_000, 20, 99_999_999):
         checkpoints.save(state_at(step))
-    for name in ("step_7", "step_00000007.partial", "old_step_00000007", "best"):
+    for name in ("step_20", "step_00000020.partial", "old_step_00000020", "best"):
         (directory.local / "checkpoints" / name).mkdir()
         (directory.local / "checkpoints" / name / "manifest.json").write_text("{}")
     assert checkpoints.steps() == [20, 99_999_999, 100_000_000]
@@ -216,12 +225,12 @@ def test_a_manifest_that_leaves_a_file_out_is_refused(checkpoints, place, name):
 
 
 @pytest.mark.parametrize(
-    "content",
-    ["", "null", "[]", "7", '{"sha256": 7}', '{"sha256": [[1, 2]]}', '{"format": 1, "sha256": {"a": "b"}}', "{"],
+    "value", [None, [], 7, {}, {"sha256": 7}, {"format": 1, "sha256": [["a.json", "b"]]}, {"format": 2, "sha256": {}}]
 )
-def test_json_that_is_no_manifest_is_refused(checkpoints, place, content):
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_that_is_no_manifest_is_refused(checkpoints, place, value, indent):
     checkpoints.save(state_at(3))
-    (place(3) / "manifest.json").write_text(content)
+    (place(3) / "manifest.json").write_text(json.dumps(value, indent=indent) + "\n")
     with pytest.raises(CheckpointError, match=r"manifest\.json is torn or altered"):
         checkpoints.load(3)
 
@@ -236,9 +245,9 @@ def test_a_checkpoint_under_another_steps_name_is_refused(checkpoints, place):
 @pytest.mark.parametrize(
     ("shapes", "odd"),
     [
-        ({"net.weight": (4, 3), "net.bias": (3,), "rate": ()}, "net.weight"),
+        ({"net.weight": (4, 3), "rate": (), "net.bias": (3,)}, "net.weight"),
         ({"net.weight": (3, 4), "net.bias": (3,)}, "rate"),
-        ({"net.weight": (3, 4), "net.bias": (3,), "rate": (), "more": (1,)}, "more"),
+        ({"net.weight": (3, 4), "rate": (), "net.bias": (3,), "more": (1,)}, "more"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused_by_the_parameter(checkpoints, directory, shapes, odd):
@@ -358,6 +367,8 @@ def test_a_disk_that_fills_up_at_any_moment_leaves_older_checkpoints_as_they_wer
         with pytest.raises(MetadistError, match=r"could not be written \(No space left on device\)\. Free space"):
             save_with(operations)
         assert bits_of(load_latest(checkpoints)[0]) == bits_of(state_at(3))
+        # The manifest comes last: before that nothing of the new one counts.
+        assert checkpoints.steps() == [3] or (operations == needed - 1 and not can_rename)
     save_with(needed)
     assert bits_of(load_latest(checkpoints)[0]) == bits_of(state_at(4))
 

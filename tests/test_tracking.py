@@ -1,7 +1,6 @@
 """What a run leaves beside its checkpoints: metrics.jsonl, TensorBoard events, the progress line."""
 
 import errno
-import json
 import math
 import time
 
@@ -209,9 +208,3 @@ def test_progress_counts_the_steps_of_this_process_alone(monkeypatch):
     shown = shown_by(progress, clock, monkeypatch, console)
     assert shown.strip() == "step 120/120  loss 0.1250  accuracy 50.0%  80 tasks/s  ETA 0:00  3 adapters  1 lost"
     assert progress.tasks_per_second == pytest.approx(80.0)
-
-
-def test_lines_are_json_that_others_can_read(tmp_path):
-    track(tmp_path, 0, 20).close()
-    for line in lines(tmp_path):
-        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))

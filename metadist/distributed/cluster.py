@@ -43,6 +43,8 @@ def connect(scaling: ScalingSettings, console: Console) -> Callable[[], None]:
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
+                # Ray would run its workers at niceness 15, where whatever else the machine does comes first.
+                _system_config={"worker_niceness": 0},
             )
             _keep_token_private()
     except (AuthenticationError, ConnectionError, RuntimeError, ValueError, TimeoutError) as error:

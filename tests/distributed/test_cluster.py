@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -142,13 +143,16 @@ def test_a_cluster_that_asks_for_a_token_refuses_with_what_to_set_and_takes_thos
     bin_dir = Path(sys.executable).parent
     # With --block, so that ending this one process ends this head and no other Ray of the machine.
     head = [str(bin_dir / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=1"]
-    head += ["--include-dashboard=false", f"--temp-dir={tmp_path}/r"]
+    # A short path: Ray's sockets lie there, and their names may have 107 characters.
+    temporary = tempfile.TemporaryDirectory(prefix="ray")
+    head += ["--include-dashboard=false", f"--temp-dir={temporary.name}"]
     train = [sys.executable, "-m", "metadist", "train", str(CONFIG), "--workers", "1"]
     train += ["--set", "training.steps=3", "--no-evaluate"]
     train += ["--run-dir", str(tmp_path / "run"), "--address", f"127.0.0.1:{port}"]
-    with subprocess.Popen(head, env=token, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+    with temporary, subprocess.Popen(head, env=token, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
         try:
-            wait_for(lambda: _answers(int(port)))
+            wait_for(lambda: running.poll() is not None or _answers(int(port)))
+            assert running.poll() is None, "the head ended"
             refused = subprocess.run(train, env=ray_home, capture_output=True, text=True, timeout=WAIT_S)
             assert refused.returncode == 2, refused.stderr
             assert "RAY_AUTH_MODE=token" in refused.stderr

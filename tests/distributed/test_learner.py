@@ -47,7 +47,8 @@ def give(learner, gradient, step=0, num_tasks=1, metrics=(0.0, 0.0)):
     """One step on given sums, without an adapter."""
     statistics = np.zeros_like(learner.state().statistics)
     sums = Sums(np.float32(gradient), statistics, np.float32(metrics))
-    return learner.step(Plan(5, "train", step, num_tasks, num_tasks), {Range(0, 1): sums})
+    # One chunk, with a place to spare.
+    return learner.step(Plan(5, "train", step, num_tasks, num_tasks + 1), {Range(0, 1): sums})
 
 
 @pytest.mark.parametrize("outer", OUTERS)
