@@ -1,9 +1,7 @@
-import errno
 import hashlib
 import json
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from pyarrow import fs
 from safetensors.numpy import load_file
@@ -13,6 +11,7 @@ from metadist.core.params import Layout
 from metadist.distributed.learner import LearnerState
 from metadist.errors import CheckpointError, MetadistError
 from metadist.run_directory import RunDirectory
+from tests.full_disk import FullDisk
 
 THETA = Layout({"net.weight": (3, 4), "rate": (), "net.bias": (3,)})
 STATISTICS = Layout({"norm.running_mean": (2,), "norm.running_var": (2,)})
@@ -277,73 +276,6 @@ def test_damaged_later_checkpoints_do_not_push_out_the_one_just_written(checkpoi
     writer.save(state_at(4), None)
     writer.close()
     assert bits_of(checkpoints.load(4)) == bits_of(state_at(4))
-
-
-class FullDisk(fs.FileSystemHandler):
-    """A local file system on which only so many more operations succeed; a failing write leaves half of it behind."""
-
-    def __init__(self, operations):
-        self.local, self.left = fs.LocalFileSystem(), operations
-
-    def spend(self):
-        if self.left == 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        self.left -= 1
-
-    def create_dir(self, path, recursive):
-        self.spend()
-        self.local.create_dir(path, recursive=recursive)
-
-    def open_output_stream(self, path, metadata):
-        self.spend()
-        return pa.PythonFile(_Stream(self.local.open_output_stream(path), self.spend), mode="w")
-
-    def move(self, src, dest):
-        self.spend()
-        self.local.move(src, dest)
-
-    def delete_file(self, path):
-        self.spend()
-        self.local.delete_file(path)
-
-    def delete_dir(self, path):
-        self.spend()
-        self.local.delete_dir(path)
-
-    def get_file_info(self, paths):
-        return self.local.get_file_info(paths)
-
-    def get_file_info_selector(self, selector):
-        return self.local.get_file_info(selector)
-
-    def open_input_stream(self, path):
-        return self.local.open_input_stream(path)
-
-    def _not_used(self, *arguments):
-        raise NotImplementedError
-
-    get_type_name = normalize_path = copy_file = open_append_stream = open_input_file = _not_used
-    delete_dir_contents = delete_root_dir_contents = _not_used
-
-
-class _Stream:
-    def __init__(self, stream, spend):
-        self.stream, self.spend, self.closed = stream, spend, False
-
-    def write(self, content):
-        try:
-            self.spend()
-        except OSError:
-            self.stream.write(bytes(content)[: len(content) // 2])
-            raise
-        self.stream.write(content)
-
-    def flush(self):
-        self.stream.flush()
-
-    def close(self):
-        self.closed = True
-        self.stream.close()
 
 
 def on_full_disk(directory, operations):
