@@ -53,7 +53,8 @@ def make_experiment(config: Config) -> Experiment:
             " --set training.batch_norm=transductive."
         )
     network = make_network(module, source.spec, training.batch_norm or "transductive")
-    model_params = {name: value.detach() for name, value in module.named_parameters()}
+    named = dict(module.named_parameters())
+    model_params = {name: named[name].detach() for name in network.parameters.shapes}
     extra = config.algorithm.extra_parameters(model_params)
     taken = sorted(set(extra) & set(model_params))
     if taken:

@@ -14,7 +14,7 @@ from metadist.distributed.learner import LearnerState
 from metadist.errors import LearnerLostError
 from metadist.experiment import Experiment
 from metadist.run_directory import RunDirectory
-from metadist.tracking import Progress, Tracker, read_metrics, without_nan
+from metadist.tracking import METRICS_FILE, Progress, Tracker, read_metrics, without_nan
 
 
 class Journal:
@@ -38,6 +38,7 @@ class Journal:
         self._failures = 0
         self.last_metrics: dict[str, Any] = {}
         step = state.step if state else 0
+        directory.fetch(METRICS_FILE)
         self._tracker = Tracker(directory.local, step, config.run.log_every)
         self._progress = Progress(console, config.training.steps, step, config.training.meta_batch_size)
 

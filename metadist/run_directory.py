@@ -102,6 +102,11 @@ class RunDirectory:
     def write_yaml(self, name: str, value: Any) -> None:
         self.write(name, dump_yaml(value).encode())
 
+    def fetch(self, name: str) -> None:
+        """Brings a file of an earlier session under `local`, where that is not the same place."""
+        if not self.is_local and self.exists(name):
+            (self.local / name).write_bytes(self.read(name))
+
     def upload(self) -> None:
         """Copies what lies under `local` into the run directory, where that is not the same place."""
         if not self.is_local:

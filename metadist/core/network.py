@@ -34,7 +34,7 @@ class Network:
     statistics: Params
     """Running mean and variance of every batch norm, `<layer>.running_mean: [channels]`; constants of the loss."""
     constants: Params
-    """The module's other buffers (a positional encoding, say)."""
+    """The module's other buffers (a positional encoding, say), and its parameters with `requires_grad=False`."""
 
     @property
     def _own_source(self) -> Source:
@@ -122,17 +122,28 @@ def make_network(module: nn.Module, spec: EpisodeSpec, policy: BatchNormPolicy) 
         policy=policy,
         training=True,
         skeletons=skeletons,
-        parameters=Layout.of(dict(module.named_parameters())),
+        parameters=Layout.of(_trained(module)),
         statistics_layout=Layout.of(statistics),
         statistics=statistics,
         constants={
-            name: buffer.detach().clone()
-            for name, buffer in module.named_buffers()
-            if name.rpartition(".")[0] not in norms
+            name: tensor.detach().clone()
+            for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+            if not tensor.requires_grad and (isinstance(tensor, nn.Parameter) or name.rpartition(".")[0] not in norms)
         },
     )
     _check_outputs(network, module, spec)
     return network
+
+
+def _trained(module: nn.Module) -> Params:
+    """The parameters that are meta-trained; those with `requires_grad=False` are constants, as in torch."""
+    trained: Params = {name: value for name, value in module.named_parameters() if value.requires_grad}
+    if not trained:
+        raise ModelError(
+            f"model {type(module).__name__} has no parameter with requires_grad=True, so nothing is"
+            " meta-trained. Leave some of them trainable."
+        )
+    return trained
 
 
 def _refuse_random_layers(module: nn.Module) -> None:
@@ -153,7 +164,7 @@ def _is_random(layer: nn.Module) -> bool:
 def _check_outputs(network: Network, module: nn.Module, spec: EpisodeSpec) -> None:
     """Tries the network on sets of zeros, of the sizes that training will give it."""
     name = type(module).__name__
-    params = {path: value.detach() for path, value in module.named_parameters()}
+    params = {path: value.detach() for path, value in _trained(module).items()}
     support = torch.zeros(spec.support_size, *spec.input_shape)
     for example in (support, torch.zeros(spec.query_size, *spec.input_shape)):
         try:

@@ -63,11 +63,6 @@ class Ledger:
             self._reopen(span)
         return lost
 
-    def result_lost(self, span: Range) -> None:
-        """Opens again a range whose result was done and is gone."""
-        self._done.discard(span)
-        self._reopen(span)
-
     def failed(self, span: Range, error: Exception) -> None:
         """Notes that a range raised; the same error twice stops the run, another chance is given once.
 

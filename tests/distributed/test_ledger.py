@@ -142,19 +142,6 @@ def test_a_result_of_a_range_given_up_for_lost_spares_doing_it_again():
     assert ledger.submit("b") is None
 
 
-def test_a_result_that_is_gone_is_made_again():
-    ledger = started()
-    for span in RANGES:
-        ledger.done(span)
-    assert ledger.complete
-    ledger.result_lost(SECOND)
-    assert not ledger.complete
-    assert ledger.submit("b") == SECOND
-    assert ledger.done(SECOND)
-    assert ledger.complete
-    assert ledger.chunks_lost == 4
-
-
 def test_the_same_error_twice_is_raised_itself():
     ledger = started()
     ledger.failed(SECOND, ValueError("no such class"))

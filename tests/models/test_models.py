@@ -273,3 +273,18 @@ def test_the_loss_of_examples_is_that_of_their_outputs():
     examples = Examples(batch.query.x[0], batch.query.y[0])
     expected = ((module(examples.x) - examples.y) ** 2).mean().detach()
     torch.testing.assert_close(network.loss(parameters(module), examples), expected)
+
+
+def test_parameters_with_requires_grad_false_stay_as_they_are():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 1))
+    for value in module[0].parameters():
+        value.requires_grad_(False)
+    spec = regression(inputs=1, outputs=1, support_size=4, query_size=3)
+    network = make_network(module, spec, "transductive")
+    assert list(network.parameters.shapes) == ["2.weight", "2.bias"]
+    x = torch.randn(4, 1)
+    trained = {name: value.detach() for name, value in module[2].named_parameters(prefix="2")}
+    torch.testing.assert_close(network.outputs(trained, x), module(x))
+    with pytest.raises(ModelError, match="no parameter with requires_grad=True"):
+        make_network(module.requires_grad_(False), spec, "transductive")
