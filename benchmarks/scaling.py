@@ -2,7 +2,8 @@
 
 Both executors live side by side on one local Ray and take turns, so that other load on the machine
 meets both; the ratio of medians is the figure. What is timed is whole meta-iterations: publishing,
-adapting, reducing, stepping.
+adapting, reducing, stepping. In between, the same adapters compute the same chunks with nothing to
+wait for and nobody to talk to: what the machine itself gives to so many processes at that moment.
 """
 
 import dataclasses
@@ -12,13 +13,15 @@ import time
 from pathlib import Path
 
 import click
+import ray
 from rich.console import Console
 from rich.table import Table
 
 from metadist import load_config
 from metadist.config import Config
-from metadist.core.plan import plan_step
+from metadist.core.plan import Range, plan_step
 from metadist.distributed.executor import Executor
+from metadist.distributed.ray_executor import RayExecutor
 from metadist.distributed.start import make_executor
 from metadist.experiment import make_experiment
 from metadist.sections import ScalingSettings
@@ -32,6 +35,21 @@ def seconds_of(executor: Executor, config: Config, first_step: int, steps: int) 
         plan = plan_step(training.seed, step, training.meta_batch_size, training.tasks_per_chunk)
         theta = executor.publish()
         executor.step(plan, theta, executor.run(plan, theta))
+    return time.perf_counter() - began
+
+
+def seconds_alone(executor: RayExecutor, number: int, config: Config, steps: int) -> float:
+    """Wall-clock seconds in which `number` adapters, each for itself, compute `steps / number` whole plans."""
+    training = config.training
+    plan = plan_step(training.seed, 0, training.meta_batch_size, training.tasks_per_chunk)
+    theta, chunks = executor.publish(), Range(0, plan.num_chunks)
+    began = time.perf_counter()
+    receipts = [
+        slot.actor.sum_range.options(num_returns=2).remote(plan, chunks, theta)[0]
+        for slot in executor._slots[:number]
+        for _ in range(steps // number)
+    ]
+    ray.get(receipts)
     return time.perf_counter() - began
 
 
@@ -49,28 +67,44 @@ def main(config: str, workers: tuple[int, ...], steps: int, turns: int, out: str
     settings = load_config(config)
     experiment = make_experiment(settings)
     disconnect = connect(ScalingSettings(num_workers=sum(workers)), console)
-    executors: dict[int, Executor] = {}
+    executors: dict[int, RayExecutor] = {}
     for number in workers:
         scaled = dataclasses.replace(settings, scaling=ScalingSettings(num_workers=number, start_timeout_s=600))
-        executors[number] = make_executor(scaled, experiment, console)
+        executor = make_executor(scaled, experiment, console)
+        assert isinstance(executor, RayExecutor), "--workers must be 1 or more"
+        executors[number] = executor
         executors[number].start(None, None, lambda: False)
     seconds: dict[int, list[float]] = {number: [] for number in workers}
+    alone: dict[int, list[float]] = {number: [] for number in workers}
     for turn in range(turns):
         for number, executor in executors.items():
             seconds[number].append(seconds_of(executor, settings, turn * steps, steps))
+            alone[number].append(seconds_alone(executor, number, settings, steps))
     tasks = steps * settings.training.meta_batch_size
     medians = {number: tasks / statistics.median(times) for number, times in seconds.items()}
+    ceilings = {number: tasks / statistics.median(times) for number, times in alone.items()}
     table = Table(title=f"{config}: {turns} turns of {steps} steps, one thread an adapter", title_justify="left")
-    for column in ("adapters", "tasks/s (median)", "slowest", "fastest", f"ratio to {workers[0]}"):
+    for column in (
+        "adapters",
+        "tasks/s (median)",
+        "slowest",
+        "fastest",
+        f"ratio to {workers[0]}",
+        "alone, tasks/s",
+        "ratio",
+        "share",
+    ):
         table.add_column(column, justify="right")
     for number, times in seconds.items():
-        ratio = medians[number] / medians[workers[0]]
         table.add_row(
             str(number),
             f"{medians[number]:.1f}",
             f"{tasks / max(times):.1f}",
             f"{tasks / min(times):.1f}",
-            f"{ratio:.2f}",
+            f"{medians[number] / medians[workers[0]]:.2f}",
+            f"{ceilings[number]:.1f}",
+            f"{ceilings[number] / ceilings[workers[0]]:.2f}",
+            f"{medians[number] / ceilings[number]:.0%}",
         )
     console.print(table)
     for executor in executors.values():
@@ -78,7 +112,7 @@ def main(config: str, workers: tuple[int, ...], steps: int, turns: int, out: str
     disconnect()
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"config": config, "steps": steps, "seconds": seconds, "tasks_per_second": medians}))
+    path.write_text(json.dumps({"config": config, "steps": steps, "seconds": seconds, "seconds_alone": alone}))
 
 
 if __name__ == "__main__":
