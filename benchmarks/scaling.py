@@ -19,7 +19,7 @@ from rich.table import Table
 
 from metadist import load_config
 from metadist.config import Config
-from metadist.core.plan import Range, plan_step
+from metadist.core.plan import Plan, Range, plan_step
 from metadist.distributed.executor import Executor
 from metadist.distributed.ray_executor import RayExecutor
 from metadist.distributed.start import make_executor
@@ -30,12 +30,18 @@ from metadist.sections import ScalingSettings
 def seconds_of(executor: Executor, config: Config, first_step: int, steps: int) -> float:
     """Wall-clock seconds of `steps` meta-iterations from `first_step`."""
     training = config.training
+
+    def plan(step: int) -> Plan:
+        return plan_step(training.seed, step, training.meta_batch_size, training.tasks_per_chunk)
+
     began = time.perf_counter()
     for step in range(first_step, first_step + steps):
-        plan = plan_step(training.seed, step, training.meta_batch_size, training.tasks_per_chunk)
         theta = executor.publish()
-        executor.step(plan, theta, executor.run(plan, theta))
-    return time.perf_counter() - began
+        executor.step(plan(step), theta, executor.run(plan(step), theta))
+    seconds = time.perf_counter() - began
+    # The executor is ahead by now: what its adapters have begun must not run into the other one's turn.
+    executor.run(plan(first_step + steps), executor.publish())
+    return seconds
 
 
 def seconds_alone(executor: RayExecutor, number: int, config: Config, steps: int) -> float:

@@ -1,8 +1,9 @@
 """The executor on Ray: adapters and the learner are actors; what an adapter loses another computes again."""
 
+import dataclasses
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,10 @@ MAX_FAILED_STARTS = 3
 _LOST = (RayActorError, WorkerCrashedError)
 
 
+class _SumsLost(Exception):
+    """Results of adapters were gone before the learner had them; `args` is the list of their ranges."""
+
+
 class AdapterActor:
     """An adapter as an actor. Errors of its making are raised by `prepare`, where they keep their type."""
 
@@ -71,10 +76,11 @@ class LearnerActor:
             self.learner.restore(state)
         return self.learner.publish()
 
-    def step(
-        self, plan: Plan, spans: list[Range], sums: list[ray.ObjectRef]
-    ) -> tuple[dict[str, float] | list[Range], np.ndarray | None]:
-        """One outer step and the new published vector; or, with nothing done, the ranges whose sums are gone."""
+    def step(self, plan: Plan, spans: list[Range], sums: list[ray.ObjectRef]) -> tuple[dict[str, float], np.ndarray]:
+        """One outer step's metrics and the new published vector.
+
+        Raises _SumsLost, with nothing done, where the sums of a range are gone.
+        """
         values: dict[Range, Sums] = {}
         lost = []
         for span, reference in zip(spans, sums, strict=True):
@@ -83,7 +89,7 @@ class LearnerActor:
             except ObjectLostError:
                 lost.append(span)
         if lost:
-            return lost, None
+            raise _SumsLost(lost)
         return self.learner.step(plan, values), self.learner.publish()
 
     def state(self) -> LearnerState:
@@ -96,8 +102,37 @@ class _Slot:
 
     actor: Any
     starting: ray.ObjectRef | None
-    busy: bool = False
     failed_starts: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One range with one adapter; a slot may have another actor by the time that the call comes to its end."""
+
+    slot: _Slot
+    actor: Any
+    span: Range
+    result: ray.ObjectRef
+
+
+@dataclass(eq=False)
+class _Work:
+    """A plan under way: its ledger, the calls that are out, by their receipts, and where the results lie."""
+
+    plan: Plan
+    theta: ray.ObjectRef
+    ledger: Ledger
+    submit: Callable[[Any, Range], tuple[ray.ObjectRef, ray.ObjectRef]]
+    calls: dict[ray.ObjectRef, _Call] = field(default_factory=dict)
+    results: dict[Range, ray.ObjectRef] = field(default_factory=dict)
+
+    def hand_out(self, slots: list[_Slot]) -> None:
+        """Gives every slot that is ready and without a range of this plan the next one that is open."""
+        busy = {call.slot for call in self.calls.values()}
+        for slot in slots:
+            if slot.starting is None and slot not in busy and (span := self.ledger.submit(slot.actor)):
+                receipt, result = self.submit(slot.actor, span)
+                self.calls[receipt] = _Call(slot, slot.actor, span, result)
 
 
 class RayExecutor:
@@ -105,6 +140,9 @@ class RayExecutor:
 
     Between `min` and `max` adapters: those that the cluster has no room for yet stay asked for, and
     join when room comes. A dead one is replaced, and its unfinished ranges go to the others.
+
+    While the learner steps, the next step's ranges are already with the adapters, waiting for its
+    theta there: nobody waits for this process in between.
     """
 
     def __init__(
@@ -122,9 +160,11 @@ class RayExecutor:
         self._notify = notify
         self._experiment = [ray.put(experiment)]
         self._learner_arguments = (self._experiment, outer, num_steps)
+        self._num_steps = num_steps
         self._fingerprint: dict[str, Any] | None = None
         self._slots: list[_Slot] = []
         self._learner: Any = None
+        self._ahead: _Work | None = None
         self._stop: Callable[[], bool] = lambda: False
 
     def start(
@@ -150,23 +190,35 @@ class RayExecutor:
         return self._published
 
     def run(self, plan: Plan, theta: ray.ObjectRef) -> dict[Range, ray.ObjectRef]:
-        return self._sums(plan, theta, plan.ranges(self.num_adapters))
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or (ahead.plan, ahead.theta) != (plan, theta):
+            ahead = self._sums(plan, theta, plan.ranges(self.num_adapters))
+        return self._complete(ahead)
 
     def step(self, plan: Plan, theta: ray.ObjectRef, sums: dict[Range, ray.ObjectRef]) -> dict[str, float]:
         while True:
             call = self._learner.step.options(num_returns=2).remote(plan, list(sums), list(sums.values()))
-            report = self._ask_learner(call[0])
-            if isinstance(report, dict):
-                self._published = call[1]
-                return report
-            self.counters.chunks_recomputed += sum(span.stop - span.start for span in report)
-            sums |= self._sums(plan, theta, report)
+            report, published = call
+            if plan.step + 1 < self._num_steps:
+                following = dataclasses.replace(plan, step=plan.step + 1)
+                self._ahead = self._sums(following, published, following.ranges(self.num_adapters))
+                self._ahead.hand_out(self._slots)
+            try:
+                metrics: dict[str, float] = self._ask_learner(report)
+            except _SumsLost as error:
+                self._ahead = None
+                (lost,) = error.args
+                self.counters.chunks_recomputed += sum(span.stop - span.start for span in lost)
+                sums |= self._complete(self._sums(plan, theta, lost))
+            else:
+                self._published = published
+                return metrics
 
     def evaluate(
         self, plan: Plan, theta: ray.ObjectRef, inner_steps: int, policies: list[BatchNormPolicy]
     ) -> EpisodeScores:
-        def submit(slot: _Slot, span: Range) -> tuple[ray.ObjectRef, ray.ObjectRef]:
-            call: tuple[ray.ObjectRef, ray.ObjectRef] = slot.actor.score_range.options(num_returns=2).remote(
+        def submit(actor: Any, span: Range) -> tuple[ray.ObjectRef, ray.ObjectRef]:
+            call: tuple[ray.ObjectRef, ray.ObjectRef] = actor.score_range.options(num_returns=2).remote(
                 plan, span, theta, inner_steps, policies
             )
             return call
@@ -175,7 +227,7 @@ class RayExecutor:
         # Four ranges an adapter: short enough to share the work evenly, long enough to outweigh the calls.
         missing = plan.ranges(4 * self.num_adapters)
         while missing:
-            found = self._compute(Ledger("evaluation", missing), submit)
+            found = self._complete(_Work(plan, theta, Ledger("evaluation", missing), submit))
             missing = []
             for span, reference in found.items():
                 try:
@@ -192,6 +244,7 @@ class RayExecutor:
     def replace_learner(self, state: LearnerState | None) -> None:
         if self._learner is not None:
             ray.kill(self._learner)
+        self._ahead = None
         actor = ray.remote(LearnerActor).options(
             num_cpus=LEARNER_CPUS,
             # Beside the driver, which writes its checkpoints.
@@ -203,37 +256,28 @@ class RayExecutor:
 
     def close(self) -> None:
         actors = [slot.actor for slot in self._slots] + ([self._learner] if self._learner is not None else [])
-        self._slots, self._learner = [], None
+        self._slots, self._learner, self._ahead = [], None, None
         for actor in actors:
             ray.kill(actor)
         disconnect, self._disconnect = self._disconnect, lambda: None
         disconnect()
 
-    def _sums(self, plan: Plan, theta: ray.ObjectRef, ranges: list[Range]) -> dict[Range, ray.ObjectRef]:
-        def submit(slot: _Slot, span: Range) -> tuple[ray.ObjectRef, ray.ObjectRef]:
-            call: tuple[ray.ObjectRef, ray.ObjectRef] = slot.actor.sum_range.options(num_returns=2).remote(
-                plan, span, theta
-            )
+    def _sums(self, plan: Plan, theta: ray.ObjectRef, ranges: list[Range]) -> _Work:
+        def submit(actor: Any, span: Range) -> tuple[ray.ObjectRef, ray.ObjectRef]:
+            call: tuple[ray.ObjectRef, ray.ObjectRef] = actor.sum_range.options(num_returns=2).remote(plan, span, theta)
             return call
 
-        return self._compute(Ledger(f"step {plan.step}", ranges), submit)
+        return _Work(plan, theta, Ledger(f"step {plan.step}", ranges), submit)
 
-    def _compute(
-        self, ledger: Ledger, submit: Callable[[_Slot, Range], tuple[ray.ObjectRef, ray.ObjectRef]]
-    ) -> dict[Range, ray.ObjectRef]:
-        """Hands out the ledger's ranges until all are done; gives where each result lies."""
-        calls: dict[ray.ObjectRef, tuple[_Slot, Range, ray.ObjectRef]] = {}
-        results: dict[Range, ray.ObjectRef] = {}
-        for slot in self._slots:
-            # A call left over from a plan that was given up only comes first in its actor's queue.
-            slot.busy = False
+    def _complete(self, work: _Work) -> dict[Range, ray.ObjectRef]:
+        """Hands out the ranges until all are done; gives where each result lies.
+
+        Calls left over from a plan that was given up only come first in their actors' queues.
+        """
+        ledger, calls = work.ledger, work.calls
         idle_since = time.monotonic()
         while not ledger.complete:
-            for slot in self._slots:
-                if slot.starting is None and not slot.busy and (span := ledger.submit(slot)):
-                    receipt, result = submit(slot, span)
-                    calls[receipt] = (slot, span, result)
-                    slot.busy = True
+            work.hand_out(self._slots)
             idle_since = time.monotonic() if calls else idle_since
             self._give_up_if(not calls and time.monotonic() - idle_since > self._scaling.start_timeout_s, 1)
             if not calls and self._stop():
@@ -244,23 +288,22 @@ class RayExecutor:
                 if reference in starting:
                     self._admit(starting[reference])
                     continue
-                slot, span, result = calls.pop(reference)
-                slot.busy = False
+                call = calls.pop(reference)
                 try:
                     ray.get(reference)
                 except _LOST:
-                    ledger.lost(slot)
-                    self._replace(slot)
+                    ledger.lost(call.actor)
+                    self._replace(call.slot, call.actor)
                 except ObjectLostError as error:
                     # Only the published theta is passed in; the learner can publish it again.
                     raise LearnerLostError(f"the published theta was lost: {first_line(error)}") from None
                 except RayTaskError as error:
-                    ledger.failed(span, _cause(error))
+                    ledger.failed(call.span, _cause(error))
                 else:
-                    if ledger.done(span):
-                        results[span] = result
+                    if ledger.done(call.span):
+                        work.results[call.span] = call.result
         self.counters.chunks_recomputed += ledger.chunks_lost
-        return results
+        return work.results
 
     def _wait_for_adapters(self, number: int) -> None:
         """Waits until so many adapters are ready. Raises ClusterError when the cluster has no room in time."""
@@ -298,7 +341,7 @@ class RayExecutor:
                     f"{slot.failed_starts} adapters in a row died while starting: {first_line(error)}."
                     " Look into the worker logs of the Ray session (often: out of memory)."
                 ) from None
-            self._replace(slot)
+            self._replace(slot, slot.actor)
             return
         except RayTaskError as error:
             raise _cause(error) from None
@@ -315,10 +358,13 @@ class RayExecutor:
         self._fingerprint = fingerprint
         slot.starting, slot.failed_starts = None, 0
 
-    def _replace(self, slot: _Slot) -> None:
+    def _replace(self, slot: _Slot, dead: Any) -> None:
+        """Starts another actor in a slot, unless that has been done since `dead` was there."""
+        if slot.actor is not dead:
+            return
         self.counters.adapters_lost += 1
         fresh = self._new_slot()
-        slot.actor, slot.starting, slot.busy = fresh.actor, fresh.starting, False
+        slot.actor, slot.starting = fresh.actor, fresh.starting
 
     def _ask_learner(self, call: ray.ObjectRef) -> Any:
         try:

@@ -11,10 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from metadist import MetaTrainer, load_config
 from metadist.config import Config
+from metadist.core.plan import plan_evaluation, plan_step
+from metadist.distributed.ray_executor import RayExecutor
+from metadist.distributed.start import make_executor
 from metadist.errors import AdapterError
+from metadist.experiment import make_experiment
 from metadist.sections import ScalingSettings
 from metadist.tasks.class_pool import PoolRow, write_pool
 from metadist.training import Result
@@ -130,6 +135,33 @@ def test_an_adapter_killed_in_mid_step_costs_its_own_chunks_and_no_bit(local_ray
     assert disturbed.chunks_recomputed in (3, 4)
     assert bits(disturbed)[:2] == bits(undisturbed)[:2]
     assert bits(disturbed)[4] == bits(undisturbed)[4]
+
+
+def test_an_adapter_that_dies_with_the_next_step_already_in_hand_is_replaced_once(
+    local_ray: None, tmp_path: Path
+) -> None:
+    import ray
+
+    config = sinusoid(tmp_path)
+    scaled = dataclasses.replace(config, scaling=ScalingSettings(num_workers=2))
+    finals = []
+    for disturb in (False, True):
+        executor = make_executor(scaled, make_experiment(scaled), Console(quiet=True))
+        assert isinstance(executor, RayExecutor)
+        executor.start(None, None, lambda: False)
+        for step in range(3):
+            plan = plan_step(config.training.seed, step, config.training.meta_batch_size, 4)
+            theta = executor.publish()
+            executor.step(plan, theta, executor.run(plan, theta))
+            if disturb and step == 1:
+                # The learner has stepped, and step 2 is with both adapters; the evaluation meets the dead one first.
+                ray.kill(executor._slots[0].actor)
+                episodes = plan_evaluation(0, "val", 8, 4)
+                executor.evaluate(episodes, executor.publish(), 1, ["transductive"])
+        finals.append(executor.state())
+        assert executor.counters.adapters_lost == (1 if disturb else 0)
+        executor.close()
+    np.testing.assert_array_equal(finals[1].theta, finals[0].theta)
 
 
 def test_a_killed_learner_costs_the_steps_since_the_last_checkpoint_and_no_bit(local_ray: None, tmp_path: Path) -> None:
