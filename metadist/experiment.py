@@ -17,7 +17,7 @@ from metadist.core.keys import TaskKey
 from metadist.core.meta_gradient import Strategy
 from metadist.core.network import Network, make_network
 from metadist.core.params import Layout
-from metadist.core.task_source import TaskSource
+from metadist.core.task_source import TaskSource, spec_of
 from metadist.errors import ConfigError, ModelError
 
 
@@ -48,14 +48,30 @@ def make_experiment(config: Config) -> Experiment:
     training = config.training
     if batch_norms(module) and training.batch_norm is None:
         raise ConfigError(
-            "training.batch_norm must be given, since the model has batch norm: transductive (as MAML), support or"
-            " running. It decides what every accuracy means, so there is no default. As in MAML's own code:"
+            "training.batch_norm must be given, since the model has batch norm: transductive (as MAML), support,"
+            " running or per_step. It decides what every accuracy means, so there is no default. As in MAML's own code:"
             " --set training.batch_norm=transductive."
         )
-    network = make_network(module, source.spec, training.batch_norm or "transductive")
+    embedding = config.algorithm.model_output == "embedding"
+    spec, train_spec = source.spec, spec_of(source, "train")
+    if spec.output_size != train_spec.output_size and not embedding:
+        raise ConfigError(
+            f"training episodes have {train_spec.output_size} ways and test episodes {spec.output_size}, but"
+            f" {type(config.algorithm).__name__} trains one output a way. Leave task.train_ways out, or use an"
+            " algorithm that works on embeddings (proto_net)."
+        )
+    network = make_network(
+        module,
+        spec,
+        training.batch_norm or "transductive",
+        train_spec=train_spec,
+        embedding=embedding,
+        inner_steps=config.algorithm.inner_steps,
+        label_smoothing=training.label_smoothing,
+    )
     named = dict(module.named_parameters())
     model_params = {name: named[name].detach() for name in network.parameters.shapes}
-    extra = config.algorithm.extra_parameters(model_params)
+    extra = config.algorithm.extra_parameters(network, model_params)
     taken = sorted(set(extra) & set(model_params))
     if taken:
         raise ModelError(f"algorithm and model both have a parameter {taken[0]!r}. Rename the algorithm's.")
@@ -93,7 +109,7 @@ def check_splits(source: TaskSource, run_seed: int, splits: list[str]) -> None:
     """Samples one episode of each split that a run will use, so that a wrong one fails before the first step."""
     for split in splits:
         keys = [TaskKey(run_seed, split, 0, 0)]
-        source.spec.check(source.sample(keys), keys, source)
+        spec_of(source, split).check(source.sample(keys), keys, source)
 
 
 def _make_module(config: Config, source: TaskSource) -> nn.Module:
@@ -106,9 +122,15 @@ def _make_module(config: Config, source: TaskSource) -> nn.Module:
             f"model {type(model).__name__} is neither a torch nn.Module nor an object with `build(spec)` that"
             " returns one. See metadist/models/mlp.py."
         )
+    embedding = config.algorithm.model_output == "embedding"
+    if embedding and not hasattr(model, "embed"):
+        raise ModelError(
+            f"{type(config.algorithm).__name__} works on an embedding, and model {type(model).__name__} has no"
+            " `embed(spec)` that returns an nn.Module without the last layer. Add it; see metadist/models/mlp.py."
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
-        module = model.build(source.spec)
+        module = model.embed(source.spec) if embedding else model.build(source.spec)
     if not isinstance(module, nn.Module):
         raise ModelError(f"model {type(model).__name__}: build(spec) must return an nn.Module, got {module!r}.")
     return module

@@ -119,7 +119,9 @@ def adapted_curves(config: Config, experiment: Experiment, state: LearnerState) 
         y = batch.query.y[number][order[:, 0]]
         with torch.no_grad():
             path = experiment.algorithm.adapt(network, meta, support, last)
-            outputs = [experiment.algorithm.predict(network, phi, support, x) for phi in path]
+            outputs = [
+                experiment.algorithm.predict(network.at(number), phi, support, x) for number, phi in enumerate(path)
+            ]
         axis.plot(x[:, 0], y[:, 0], color=BLACK, linewidth=1.2, label="the task's function")
         _draw_steps(axis, x, outputs, last)
         axis.plot(support.x[:, 0], support.y[:, 0], "^", color=BLACK, markersize=6, label="support set")

@@ -25,6 +25,8 @@ class TrainingSettings:
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     batch_norm: BatchNormPolicy | None = None
     """Must be given where the model has batch norm."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of the outer loop's cross entropy (Szegedy et al. 2016, arXiv:1512.00567, sec. 7); evaluation has none."""
     strategy: Literal["auto", "vmap", "loop"] = "auto"
     """`auto`: one by one for models with convolutions on a CPU, all tasks of a chunk at once otherwise."""
     compile: Literal["auto"] | bool = "auto"

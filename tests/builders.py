@@ -115,9 +115,12 @@ class Problem:
         dtype: torch.dtype = torch.float64,
     ) -> None:
         self.algorithm, self.module, self.spec = algorithm, module, spec
-        self.network: Network = make_network(module, spec, policy)
-        model_params = {name: value.detach() for name, value in module.named_parameters()}
-        meta = model_params | algorithm.extra_parameters(model_params)
+        embedding = algorithm.model_output == "embedding"
+        self.network: Network = make_network(
+            module, spec, policy, embedding=embedding, inner_steps=algorithm.inner_steps
+        )
+        model_params = {name: value.detach() for name, value in module.named_parameters() if value.requires_grad}
+        meta = model_params | algorithm.extra_parameters(self.network, model_params)
         self.layout = Layout.of(meta)
         self.theta = self.layout.flatten(meta).to(dtype)
         self.statistics = self.network.statistics_layout.flatten(self.network.statistics).to(dtype)
@@ -135,8 +138,7 @@ class Problem:
         total = theta.new_zeros(())
         for task in range(batch.support.x.shape[0]):
             support, query = (Examples(part.x[task], part.y[task]) for part in batch)
-            phi = self.algorithm.adapt(network, self.layout.unflatten(theta), support, self.algorithm.inner_steps)[-1]
-            total = total + self.algorithm.query_loss(network, phi, support, query)[0]
+            total = total + self.algorithm.objective(network, self.layout.unflatten(theta), support, query)[0]
         return total
 
 

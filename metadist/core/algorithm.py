@@ -1,7 +1,9 @@
 """The interface of every algorithm: it maps a support set to a predictor."""
 
 from abc import ABC, abstractmethod
+from typing import ClassVar, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from metadist.core.episode import Examples
@@ -9,26 +11,62 @@ from metadist.core.network import Network
 from metadist.core.params import Params
 
 
+class Outcome(NamedTuple):
+    """What became of one task at theta."""
+
+    path: list[Params]
+    """Parameters after 0, 1, .. inner steps; the last ones are phi."""
+    loss: Tensor
+    """The query loss under phi, a scalar."""
+    outputs: Tensor
+    """The adapted model's outputs on the query set, `[examples, output_size]`."""
+
+
 class Algorithm(ABC):
     """Base of all algorithms: frozen dataclasses of hyperparameters with pure methods.
 
-    Every method is written for one task, without a task axis, and is batched by `vmap`.
+    Every method is written for one task, without a task axis, and is batched by `vmap`. Most algorithms
+    have only `adapt`; those whose meta-gradient is not the gradient of the query loss have their own.
     """
 
     __slots__ = ()
 
     inner_steps: int
+    """Inner steps while meta-training; 0 for algorithms that adapt in one go."""
 
-    def extra_parameters(self, model: Params) -> Params:
-        """Initial values of the meta-parameters beside the model's own (learned rates, say); none by default."""
-        del model
+    model_output: ClassVar[Literal["predictions", "embedding"]] = "predictions"
+    """What the model is built to give: one output a way (or target), or an embedding that `predict` works on."""
+
+    def extra_parameters(self, network: Network, initial: Params) -> Params:
+        """Initial values of the meta-parameters beside the model's own (learned rates, say); none by default.
+
+        `initial` holds the model's. Raises ModelError where the algorithm does not fit the model.
+        """
+        del network, initial
+        return {}
+
+    def at_step(self, step: int) -> "Algorithm":
+        """The algorithm as it is at an outer step: itself, unless one of its settings changes on the way.
+
+        There may be few different ones in a run, since each is compiled by itself.
+        """
+        del step
+        return self
+
+    def constants_at(self, step: int) -> Params:
+        """Tensors beside the meta-parameters that change with the outer step (annealed weights); none by default.
+
+        While training they stand in `meta` under their names, as constants of the meta-gradient.
+        """
+        del step
         return {}
 
     @abstractmethod
     def adapt(self, network: Network, meta: Params, support: Examples, num_steps: int) -> list[Params]:
         """The parameters after 0, 1, .., `num_steps` inner steps on one support set; the last ones are phi.
 
-        `meta` holds the model's parameters and the extra ones; it is never changed.
+        `meta` holds the model's parameters and the extra ones; it is never changed. An algorithm without
+        inner steps gives a list of one.
         """
 
     def predict(self, network: Network, phi: Params, support: Examples, x: Tensor) -> Tensor:
@@ -36,9 +74,19 @@ class Algorithm(ABC):
         return network.outputs(phi, x, reference=support.x)
 
     def query_loss(self, network: Network, phi: Params, support: Examples, query: Examples) -> tuple[Tensor, Tensor]:
-        """The adapted model's loss on a query set, a scalar, and its outputs there.
-
-        The meta-gradient is the gradient of this loss with respect to the meta-parameters.
-        """
+        """The adapted model's loss on a query set, a scalar, and its outputs there."""
         outputs = self.predict(network, phi, support, query.x)
-        return network.loss_of(outputs, query.y), outputs
+        return network.outer_loss_of(outputs, query.y), outputs
+
+    def objective(self, network: Network, meta: Params, support: Examples, query: Examples) -> tuple[Tensor, Outcome]:
+        """What the outer loop minimises on one task, a scalar: the query loss after `inner_steps` steps."""
+        path = self.adapt(network, meta, support, self.inner_steps)
+        loss, outputs = self.query_loss(network.at(self.inner_steps), path[-1], support, query)
+        return loss, Outcome(path, loss, outputs)
+
+    def meta_gradient(
+        self, network: Network, meta: Params, support: Examples, query: Examples
+    ) -> tuple[Params, Outcome]:
+        """One task's meta-gradient, by the names of `meta`: the gradient of `objective`, unless a paper has another."""
+        gradient, outcome = torch.func.grad(self.objective, argnums=1, has_aux=True)(network, meta, support, query)
+        return gradient, outcome

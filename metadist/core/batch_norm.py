@@ -8,6 +8,8 @@ The policy says whose statistics normalise a set (names of Bronskill et al. 2020
                 query example at a time gives the same prediction.
 `running`       conventional batch norm: while training as `transductive`, and running averages of the
                 query sets' statistics are kept; in evaluation every set is normalised by those averages.
+`per_step`      as `running`, with averages of their own after each inner step (MAML++, Antoniou et al. 2019,
+                arXiv:1810.09502, sec. 4: "per-step batch normalization running statistics").
 """
 
 import copy
@@ -17,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BatchNormPolicy = Literal["transductive", "support", "running"]
+BatchNormPolicy = Literal["transductive", "support", "running", "per_step"]
 Source = Literal["own", "reference", "running"]
 """Whose statistics one forward pass uses: of its whole batch, of the leading rows of it, or the running ones."""
 

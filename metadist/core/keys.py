@@ -30,9 +30,16 @@ def generator(key: TaskKey) -> np.random.Generator:
     Run seed and split are the cipher's key; task and step are the two high words of its 256-bit
     counter, so each task owns 2**128 blocks that no other task reaches.
     """
-    return np.random.Generator(
-        np.random.Philox(
-            key=np.array([key.run_seed, SPLITS.index(key.split)], dtype=np.uint64),
-            counter=np.array([0, 0, key.task, key.step], dtype=np.uint64),
-        )
+    return np.random.Generator(_philox(key, 0))
+
+
+def seed_for_layers(key: TaskKey) -> int:
+    """A seed for layers that draw random numbers (dropout): from the upper half of the task's blocks."""
+    return int(np.random.Generator(_philox(key, 2**63)).integers(2**63))
+
+
+def _philox(key: TaskKey, first_block: int) -> np.random.Philox:
+    return np.random.Philox(
+        key=np.array([key.run_seed, SPLITS.index(key.split)], dtype=np.uint64),
+        counter=np.array([0, first_block, key.task, key.step], dtype=np.uint64),
     )

@@ -1,6 +1,7 @@
 """A chunk of episodes in, one summed meta-gradient out: the computation that everything else distributes."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -10,9 +11,9 @@ from torch import Tensor
 from metadist.core.algorithm import Algorithm
 from metadist.core.batch_norm import BatchNormPolicy
 from metadist.core.episode import EpisodeBatch, Examples
-from metadist.core.keys import TaskKey
+from metadist.core.keys import TaskKey, seed_for_layers
 from metadist.core.network import Network
-from metadist.core.params import Layout
+from metadist.core.params import Layout, Params
 from metadist.errors import NonFiniteError
 
 METRICS = ("loss", "accuracy")
@@ -58,11 +59,8 @@ class MetaGradient:
         self.network = network
         self.theta = theta
         self.strategy = strategy
-        function: Callable = self._task_gradient
-        if strategy == "vmap":
-            function = torch.vmap(function, in_dims=(None, None, 0, 0))
-        # Sizes never change within a run, so nothing is gained by code for any size.
-        self._gradients = torch.compile(function, dynamic=False) if compile else function
+        self.compile = compile
+        self._functions: dict[Algorithm, Callable] = {}
 
     def sum_chunk(
         self, theta: Tensor, statistics: Tensor, batch: EpisodeBatch, weights: np.ndarray, keys: list[TaskKey]
@@ -72,47 +70,69 @@ class MetaGradient:
         Raises NonFiniteError, naming the task, where a loss or a meta-gradient is NaN or infinite.
         """
         tasks = [task for task, weight in enumerate(weights) if weight > 0]
-        if self.strategy == "vmap":
-            gradients, seen, metrics = self._gradients(theta, statistics, batch.support, batch.query)
-            # Filling tasks are left out rather than multiplied by 0: 0 * NaN is NaN.
-            kept = slice(0, len(tasks))
-            total = [part[kept].sum(0) for part in (gradients, seen, metrics)]
-        else:
-            total, losses = [], []
-            for task in tasks:
-                parts = self._gradients(theta, statistics, *_task(batch, task))
-                total = (
-                    [mine.add_(part) for mine, part in zip(total, parts, strict=True)]
-                    if total
-                    else [part.clone() for part in parts]
-                )
-                losses.append(parts[2])
-            metrics = torch.stack(losses)
+        step = keys[0].step
+        gradient_of = self._function(self.algorithm.at_step(step))
+        constants = {name: value.to(theta) for name, value in self.algorithm.constants_at(step).items()}
+        with torch.random.fork_rng(enabled=self.network.is_random):
+            if self.network.is_random:
+                # The chunk is the unit of computation, so its first task's key decides for all of it.
+                torch.manual_seed(seed_for_layers(keys[0]))
+            if self.strategy == "vmap":
+                gradients, seen, metrics = gradient_of(theta, statistics, constants, batch.support, batch.query)
+                # Filling tasks are left out rather than multiplied by 0: 0 * NaN is NaN.
+                kept = slice(0, len(tasks))
+                total = [part[kept].sum(0) for part in (gradients, seen, metrics)]
+            else:
+                total, losses = [], []
+                for task in tasks:
+                    parts = gradient_of(theta, statistics, constants, *_task(batch, task))
+                    total = (
+                        [mine.add_(part) for mine, part in zip(total, parts, strict=True)]
+                        if total
+                        else [part.clone() for part in parts]
+                    )
+                    losses.append(parts[2])
+                metrics = torch.stack(losses)
         sums = Sums(*(part.numpy(force=True) for part in total))
         if not np.isfinite(sums.gradient).all() or not torch.isfinite(metrics[: len(tasks), 0]).all():
-            self._raise_non_finite(theta, statistics, batch, [keys[task] for task in tasks])
+            self._raise_non_finite(theta, statistics, constants, batch, [keys[task] for task in tasks])
         return sums
 
+    def _function(self, algorithm: Algorithm) -> Callable:
+        """`_task_gradient` of an algorithm over one task or, with `vmap`, over a chunk; compiled at its first use."""
+        if algorithm not in self._functions:
+            function: Callable = partial(self._task_gradient, algorithm)
+            if self.strategy == "vmap":
+                function = torch.vmap(function, in_dims=(None, None, None, 0, 0), randomness="different")
+            # Sizes never change within a run, so nothing is gained by code for any size.
+            self._functions[algorithm] = torch.compile(function, dynamic=False) if self.compile else function
+        return self._functions[algorithm]
+
     def _task_gradient(
-        self, theta: Tensor, statistics: Tensor, support: Examples, query: Examples
+        self,
+        algorithm: Algorithm,
+        theta: Tensor,
+        statistics: Tensor,
+        constants: Params,
+        support: Examples,
+        query: Examples,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One task's meta-gradient `[theta]`, its query set's statistics `[statistics]`, its metrics `[METRICS]`."""
         network = self.network.bind(statistics, training=True)
+        meta = self.theta.unflatten(theta) | constants
+        gradient, outcome = algorithm.meta_gradient(network, meta, support, query)
+        with torch.no_grad():
+            metrics = torch.stack([outcome.loss, network.accuracy_of(outcome.outputs, query.y)])
+            seen = network.set_statistics(outcome.path, query.x)
+        return self.theta.flatten(gradient), seen, metrics
 
-        def objective(theta: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            meta = self.theta.unflatten(theta)
-            phi = self.algorithm.adapt(network, meta, support, self.algorithm.inner_steps)[-1]
-            loss, outputs = self.algorithm.query_loss(network, phi, support, query)
-            metrics = torch.stack([loss.detach(), network.accuracy_of(outputs.detach(), query.y)])
-            return loss, (network.set_statistics(phi, query.x), metrics)
-
-        gradient, (seen, metrics) = torch.func.grad(objective, has_aux=True)(theta)
-        return gradient, seen, metrics
-
-    def _raise_non_finite(self, theta: Tensor, statistics: Tensor, batch: EpisodeBatch, keys: list[TaskKey]) -> None:
+    def _raise_non_finite(
+        self, theta: Tensor, statistics: Tensor, constants: Params, batch: EpisodeBatch, keys: list[TaskKey]
+    ) -> None:
         """Finds the first bad task of a chunk whose sums are not finite, and names it."""
+        algorithm = self.algorithm.at_step(keys[0].step)
         for task, key in enumerate(keys):
-            gradient, _, metrics = self._task_gradient(theta, statistics, *_task(batch, task))
+            gradient, _, metrics = self._task_gradient(algorithm, theta, statistics, constants, *_task(batch, task))
             loss = float(metrics[0])
             if not np.isfinite(loss) or not torch.isfinite(gradient).all():
                 what = f"query loss is {loss:g}" + (
@@ -146,8 +166,8 @@ def score_episodes(
         losses, accuracies = [], []
         for policy in policies:
             bound = network.bind(statistics, training=False, policy=policy)
-            for phi in algorithm.adapt(bound, meta, support, inner_steps):
-                loss, outputs = algorithm.query_loss(bound, phi, support, query)
+            for number, phi in enumerate(algorithm.adapt(bound, meta, support, inner_steps)):
+                loss, outputs = algorithm.query_loss(bound.at(number), phi, support, query)
                 losses.append(loss)
                 accuracies.append(bound.accuracy_of(outputs, query.y))
         shape = (len(policies), -1)

@@ -13,7 +13,8 @@ from metadist.core.episode import EpisodeSpec, Examples
 from metadist.core.params import Layout, Params
 from metadist.errors import ModelError
 
-_RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
+_RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.RReLU)
+"""Layers that draw random numbers while training; a class of one's own with dropout inside derives from one of them."""
 
 
 @dataclass(frozen=True)
@@ -27,18 +28,34 @@ class Network:
     kind: str
     policy: BatchNormPolicy
     training: bool
-    """False in evaluation: then the policy `running` uses the running statistics."""
-    skeletons: dict[str, nn.Module]
+    """False in evaluation: then running statistics are used where the policy has them, and dropout is off."""
+    skeletons: dict[tuple[str, bool], nn.Module]
+    """The module's structure by (source of statistics, training)."""
     parameters: Layout
     statistics_layout: Layout
     statistics: Params
-    """Running mean and variance of every batch norm, `<layer>.running_mean: [channels]`; constants of the loss."""
+    """Running mean and variance of every batch norm, `<layer>.running_mean: [channels]`, with a leading axis over
+    inner steps under the policy `per_step`; constants of the loss."""
     constants: Params
     """The module's other buffers (a positional encoding, say), and its parameters with `requires_grad=False`."""
+    output_size: int
+    """Ways, target dimensions, or the size of the embedding."""
+    num_classes: int
+    """Classes that training episodes tell apart; target dimensions in regression."""
+    is_random: bool = False
+    """Whether some layer draws random numbers while training."""
+    label_smoothing: float = 0.0
+    """Of the outer loop's cross entropy while training (Szegedy et al. 2016, arXiv:1512.00567, sec. 7)."""
+    inner_step: int = 0
+    """How many inner steps the parameters have behind them that the network is called with."""
 
     @property
     def _own_source(self) -> Source:
-        return "running" if self.policy == "running" and not self.training else "own"
+        return "running" if self.policy in ("running", "per_step") and not self.training else "own"
+
+    def at(self, inner_step: int) -> "Network":
+        """This network for parameters after so many inner steps; only the policy `per_step` makes a difference."""
+        return dataclasses.replace(self, inner_step=inner_step) if self.policy == "per_step" else self
 
     def outputs(self, params: Params, x: Tensor, reference: Tensor | None = None) -> Tensor:
         """Predictions `[examples, output_size]` (logits in classification) for `x: [examples, *input_shape]`.
@@ -46,14 +63,26 @@ class Network:
         `reference` is the support set's x where `x` is not the support set itself; the policy
         `support` takes its statistics from it.
         """
-        model_params = self.constants | {name: params[name] for name in self.parameters.shapes}
+        model_params = self._model_params(params)
         if self.policy == "support" and reference is not None:
-            both = torch.cat([reference, x])
-            return functional_call(self.skeletons["reference"], model_params, (both,))[reference.shape[0] :]
+            size = reference.shape[0]
+            skeleton = self.skeletons[f"reference {size}", self.training]
+            return functional_call(skeleton, model_params, (torch.cat([reference, x]),))[size:]
         source = self._own_source
         if source == "running":
-            model_params |= self.statistics
-        return functional_call(self.skeletons[source], model_params, (x,))
+            model_params |= self._running_statistics()
+        return functional_call(self.skeletons[source, self.training], model_params, (x,))
+
+    def _model_params(self, params: Params) -> Params:
+        """Parameters and constants of the module; an algorithm may put its own values in place of constants."""
+        return {name: params.get(name, value) for name, value in self.constants.items()} | {
+            name: params[name] for name in self.parameters.shapes
+        }
+
+    def _running_statistics(self) -> Params:
+        if self.policy != "per_step":
+            return self.statistics
+        return {name: value[min(self.inner_step, len(value) - 1)] for name, value in self.statistics.items()}
 
     def loss(self, params: Params, examples: Examples, reference: Tensor | None = None) -> Tensor:
         """Mean cross entropy (classification) or mean squared error (regression), a scalar."""
@@ -65,28 +94,43 @@ class Network:
             return F.cross_entropy(outputs, targets)
         return F.mse_loss(outputs, targets)
 
+    def outer_loss_of(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The outer loop's loss of given outputs: as `loss_of`, with label smoothing while training."""
+        if self.kind == "classification" and self.training and self.label_smoothing:
+            return F.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing)
+        return self.loss_of(outputs, targets)
+
     def accuracy_of(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Share of examples whose largest logit is the target's, a scalar; NaN in regression."""
         if self.kind == "classification":
             return (outputs.argmax(-1) == targets).to(outputs.dtype).mean()
         return torch.full((), torch.nan, dtype=outputs.dtype, device=outputs.device)
 
-    def set_statistics(self, params: Params, x: Tensor) -> Tensor:
-        """Flat `[statistics]`: the mean and variance that `x` has in every batch norm under `params`.
+    def set_statistics(self, path: list[Params], x: Tensor) -> Tensor:
+        """Flat `[statistics]`: the mean and variance that `x` has in every batch norm under phi, the path's end.
 
-        In the order of `statistics_layout`; empty where the policy keeps no running statistics.
+        Under the policy `per_step`, under the parameters after each inner step. In the order of
+        `statistics_layout`; empty where the policy keeps no running statistics.
         """
-        if self.policy != "running":
+        if self.policy == "running":
+            return self.statistics_layout.flatten(self._recorded(path[-1], x))
+        if self.policy != "per_step":
             return x.new_zeros(0)
-        module = self.skeletons["record"]
-        functional_call(module, self.constants | {name: params[name].detach() for name in self.parameters.shapes}, (x,))
+        steps = [self._recorded(params, x) for params in path]
+        return self.statistics_layout.flatten(
+            {name: torch.stack([recorded[name] for recorded in steps]) for name in self.statistics_layout.shapes}
+        )
+
+    def _recorded(self, params: Params, x: Tensor) -> Params:
+        module = self.skeletons["record", True]
+        functional_call(module, {name: value.detach() for name, value in self._model_params(params).items()}, (x,))
         recorded = {}
         for name, layer in module.named_modules():
             if isinstance(layer, EpisodicBatchNorm):
                 assert layer.recorded is not None
                 recorded[f"{name}.running_mean"], recorded[f"{name}.running_var"] = layer.recorded
                 layer.recorded = None
-        return self.statistics_layout.flatten(recorded)
+        return recorded
 
     def bind(self, statistics: Tensor, *, training: bool, policy: BatchNormPolicy | None = None) -> "Network":
         """This network with given running statistics, flat `[statistics]`, for training or for evaluation.
@@ -102,20 +146,37 @@ class Network:
         )
 
 
-def make_network(module: nn.Module, spec: EpisodeSpec, policy: BatchNormPolicy) -> Network:
-    """Wraps `module`, which is left as it is. Raises ModelError unless it can be meta-trained on episodes of `spec`."""
-    _refuse_random_layers(module)
+def make_network(
+    module: nn.Module,
+    spec: EpisodeSpec,
+    policy: BatchNormPolicy,
+    *,
+    train_spec: EpisodeSpec | None = None,
+    embedding: bool = False,
+    inner_steps: int = 0,
+    label_smoothing: float = 0.0,
+) -> Network:
+    """Wraps `module`, which is left as it is. Raises ModelError unless it can be meta-trained on episodes of `spec`.
+
+    `train_spec` is the spec of training episodes where it is another. With `embedding` the module gives one
+    vector an example, of any size. `inner_steps` is for the policy `per_step`.
+    """
+    _refuse_always_random_layers(module)
+    train_spec = train_spec or spec
     norms = batch_norms(module)
+    axes = {"running": (), "per_step": (inner_steps + 1,)}.get(policy)
     statistics: Params = {}
-    if policy == "running":
+    if axes is not None:
         for name, layer in norms.items():
-            statistics[f"{name}.running_mean"] = torch.zeros(layer.num_features)
-            statistics[f"{name}.running_var"] = torch.ones(layer.num_features)
+            statistics[f"{name}.running_mean"] = torch.zeros(*axes, layer.num_features)
+            statistics[f"{name}.running_var"] = torch.ones(*axes, layer.num_features)
+    sources: dict[str, tuple[Source, int]] = {"own": ("own", 0), "running": ("running", 0), "record": ("own", 0)}
+    for size in {spec.support_size, train_spec.support_size}:
+        sources[f"reference {size}"] = ("reference", size)
     skeletons = {
-        "own": with_statistics_from(module, "own", spec.support_size),
-        "reference": with_statistics_from(module, "reference", spec.support_size),
-        "running": with_statistics_from(module, "running", spec.support_size),
-        "record": with_statistics_from(module, "own", spec.support_size, record=True),
+        (name, training): with_statistics_from(module, source, size, record=name == "record").train(training)
+        for name, (source, size) in sources.items()
+        for training in (True, False)
     }
     network = Network(
         kind=spec.kind,
@@ -130,9 +191,14 @@ def make_network(module: nn.Module, spec: EpisodeSpec, policy: BatchNormPolicy) 
             for name, tensor in [*module.named_parameters(), *module.named_buffers()]
             if not tensor.requires_grad and (isinstance(tensor, nn.Parameter) or name.rpartition(".")[0] not in norms)
         },
+        output_size=spec.output_size,
+        num_classes=train_spec.output_size,
+        is_random=any(map(_is_random, module.modules())),
+        label_smoothing=label_smoothing,
     )
-    _check_outputs(network, module, spec)
-    return network
+    output_size = _check_outputs(network, module, spec, None if embedding else spec.output_size)
+    _check_outputs(network, module, train_spec, output_size)
+    return dataclasses.replace(network, output_size=output_size)
 
 
 def _trained(module: nn.Module) -> Params:
@@ -146,40 +212,45 @@ def _trained(module: nn.Module) -> Params:
     return trained
 
 
-def _refuse_random_layers(module: nn.Module) -> None:
-    for path, layer in module.named_modules():
-        if _is_random(layer):
-            raise ModelError(
-                f"model {type(module).__name__}: layer {path!r} ({type(layer).__name__}) draws random numbers, and a"
-                " task's gradient must depend on its key alone. Set its dropout to 0 or remove it."
-            )
-
-
 def _is_random(layer: nn.Module) -> bool:
     if isinstance(layer, nn.RNNBase | nn.MultiheadAttention):
         return layer.dropout > 0
     return isinstance(layer, _RANDOM_LAYERS) and getattr(layer, "p", 1.0) > 0
 
 
-def _check_outputs(network: Network, module: nn.Module, spec: EpisodeSpec) -> None:
-    """Tries the network on sets of zeros, of the sizes that training will give it."""
+def _refuse_always_random_layers(module: nn.Module) -> None:
+    for path, layer in module.named_modules():
+        if isinstance(layer, nn.FractionalMaxPool2d | nn.FractionalMaxPool3d):
+            raise ModelError(
+                f"model {type(module).__name__}: layer {path!r} ({type(layer).__name__}) draws random numbers even in"
+                " evaluation, where an episode's score must depend on its key alone. Use nn.MaxPool2d or 3d."
+            )
+
+
+def _check_outputs(network: Network, module: nn.Module, spec: EpisodeSpec, output_size: int | None) -> int:
+    """Tries the network on sets of zeros, of the sizes that training will give it; gives its output size."""
     name = type(module).__name__
     params = {path: value.detach() for path, value in _trained(module).items()}
     support = torch.zeros(spec.support_size, *spec.input_shape)
     for example in (support, torch.zeros(spec.query_size, *spec.input_shape)):
+        if not len(example):
+            continue
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 outputs = network.outputs(params, example, None if example is support else support)
         except Exception as error:
             raise ModelError(
                 f"model {name} cannot take inputs of shape {list(example.shape)} that the task gives: {error}."
                 " Change the model's sizes or the task's."
             ) from error
-        expected, found = [len(example), spec.output_size], list(getattr(outputs, "shape", [type(outputs).__name__]))
-        if found != expected:
+        found = list(getattr(outputs, "shape", [type(outputs).__name__]))
+        if output_size is None and len(found) == 2:
+            output_size = found[1]
+        if found != [len(example), output_size]:
+            wanted = "one logit a way" if spec.kind == "classification" else "one output a target dimension"
             raise ModelError(
-                f"model {name} must map {list(example.shape)} to {expected}"
-                f" ({'one logit a way' if spec.kind == 'classification' else 'one output a target dimension'}),"
+                f"model {name} must map {list(example.shape)} to {[len(example), output_size or 'features']}"
+                f" ({wanted if output_size == spec.output_size else 'one embedding an example'}),"
                 f" got {found}. Change its last layer."
             )
     for path, value in network.constants.items():
@@ -188,3 +259,5 @@ def _check_outputs(network: Network, module: nn.Module, spec: EpisodeSpec) -> No
                 f"model {name}: buffer {path!r} is written to when the model is called, and a task's gradient must"
                 " depend on its key alone. Use a layer without running state (batch norm's has a policy of its own)."
             )
+    assert output_size is not None
+    return output_size

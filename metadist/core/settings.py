@@ -17,6 +17,8 @@ def settings(cls: type[T]) -> type[T]:
     infinity are no numbers.
     """
     make: Any = dataclass(
-        frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+        frozen=True,
+        kw_only=True,
+        config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, populate_by_name=True),
     )
     return make(cls)

@@ -17,6 +17,7 @@ from metadist.core.keys import TaskKey
 from metadist.core.meta_gradient import EpisodeScores, MetaGradient, Sums, score_episodes
 from metadist.core.plan import Plan, Range
 from metadist.core.reduction import reduce_tree
+from metadist.core.task_source import spec_of
 from metadist.errors import AdapterError, ClusterError, MetadistError, NonFiniteError
 from metadist.experiment import Experiment
 
@@ -117,7 +118,7 @@ class Adapter:
             raise _named(
                 error, f"{where} (tasks {keys[0]} to {keys[-1]}): task source {type(source).__name__}"
             ) from error
-        source.spec.check(batch, keys, source)
+        spec_of(source, keys[0].split).check(batch, keys, source)
         return EpisodeBatch(*(Examples(*(tensor.to(self.device) for tensor in part)) for part in batch))
 
     def _split(self, published: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,13 +30,22 @@ class Conv4:
 
     def build(self, spec: EpisodeSpec) -> nn.Module:
         """`[examples, channels, height, width] -> [examples, output_size]`."""
+        body, features = self._body(spec)
+        return nn.Sequential(OrderedDict([*body, ("head", nn.Linear(features, spec.output_size))]))
+
+    def embed(self, spec: EpisodeSpec) -> nn.Module:
+        """`[examples, channels, height, width] -> [examples, filters * positions]`: without the last layer."""
+        return nn.Sequential(OrderedDict(self._body(spec)[0]))
+
+    def _body(self, spec: EpisodeSpec) -> tuple[list[tuple[str, nn.Module]], int]:
+        """The blocks and the pooling, by name, and the number of features that they give."""
         if len(spec.input_shape) != 3:
             raise ModelError(
                 f"model.name: conv4 needs images (channels, height, width), but the task's inputs have the shape"
                 f" {list(spec.input_shape)}. Use model.name: mlp."
             )
         channels, height, width = spec.input_shape
-        blocks = []
+        blocks: list[tuple[str, nn.Module]] = []
         for number in range(NUM_BLOCKS):
             if self.downsample == "max_pool":
                 height, width = height // 2, width // 2
@@ -51,9 +60,7 @@ class Conv4:
             channels = self.filters
         positions = 1 if self.head == "mean" else height * width
         pool: nn.Module = _MeanOverPositions() if self.head == "mean" else nn.Flatten()
-        return nn.Sequential(
-            OrderedDict([*blocks, ("pool", pool), ("head", nn.Linear(self.filters * positions, spec.output_size))])
-        )
+        return [*blocks, ("pool", pool)], self.filters * positions
 
     def _block(self, channels: int) -> nn.Sequential:
         strided = self.downsample == "stride"

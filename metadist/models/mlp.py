@@ -22,6 +22,12 @@ class MLP:
 
     def build(self, spec: EpisodeSpec) -> nn.Module:
         """`[examples, *input_shape] -> [examples, output_size]`; inputs are flattened."""
+        body = self.embed(spec)
+        width = self.hidden[-1] if self.hidden else math.prod(spec.input_shape)
+        return nn.Sequential(*body, nn.Linear(width, spec.output_size))
+
+    def embed(self, spec: EpisodeSpec) -> nn.Sequential:
+        """`[examples, *input_shape] -> [examples, last hidden width]`: without the last layer."""
         layers: list[nn.Module] = [nn.Flatten()]
         width = math.prod(spec.input_shape)
         for units in self.hidden:
@@ -30,4 +36,4 @@ class MLP:
                 layers.append(nn.BatchNorm1d(units))
             layers.append(nn.ReLU())
             width = units
-        return nn.Sequential(*layers, nn.Linear(width, spec.output_size))
+        return nn.Sequential(*layers)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,20 +22,53 @@ from tests.builders import (
 Make = Callable[..., Algorithm]
 
 
-def check_algorithm(make: Make, variations: Mapping[str, Any], *, exact: bool = True) -> None:
+class Beside(NamedTuple):
+    """Another value of a hyperparameter that has an effect only beside these others."""
+
+    value: Any
+    others: dict[str, Any]
+
+
+GRADIENT_BASED: dict[str, Any] = {
+    "inner_lr": 0.2,
+    "inner_steps": 2,
+    "order": "first",
+    "adapts": "*.weight",
+    "inner_optimizer": "adam",
+    "inner_momentum": Beside(0.5, {"inner_optimizer": "momentum"}),
+    "inner_decay": Beside(0.5, {"inner_optimizer": "rmsprop"}),
+    "learn_inner_lr": "per_layer",
+}
+"""Variations of the hyperparameters that all gradient-based algorithms share."""
+
+SAME_BITS: dict[str, Any] = {"checkpoint_inner_steps": True}
+
+
+def check_algorithm(
+    make: Make, variations: Mapping[str, Any], *, same: Mapping[str, Any] | None = None, exact: bool = True
+) -> None:
     """The contract of an algorithm that `make(**hyperparameters)` builds.
 
-    `variations` gives every hyperparameter another value than `make` does. `exact` says that the
-    meta-gradient claims to be the gradient of the query loss, so that finite differences must agree.
+    `variations` gives every hyperparameter another value than `make` does, and each must show in the
+    meta-gradient; those in `same` must not change a bit of it. `exact` says that the meta-gradient claims to
+    be the gradient of `objective`, so that finite differences must agree.
     """
-    _check_that_all_hyperparameters_vary(make, variations)
+    same = same or {}
+    _check_that_all_hyperparameters_vary(make, {**variations, **same})
     for problem, batch in (curves(make()), images(make())):
         _check_that_theta_is_untouched(problem, batch)
         _check_that_tasks_do_not_see_each_other(problem, batch)
         _check_that_vmap_equals_the_loop(problem, batch)
         _check_that_types_are_kept(problem, batch)
     for name, value in variations.items():
-        _check_that_the_meta_gradient_differs(make(), make(**{name: value}), name)
+        value, others = value if isinstance(value, Beside) else (value, {})
+        _check_that_the_meta_gradient_differs(make(**others), make(**others, **{name: value}), name)
+    for name, value in same.items():
+        for problem, batch in (curves(make()), images(make())):
+            varied = Problem(make(**{name: value}), problem.module, problem.spec)
+            for strategy in ("loop", "vmap"):
+                found, expected = (p.sums(batch, strategy=strategy).gradient for p in (varied, problem))
+                assert np.array_equal(found, expected), f"{name} = {value} changes bits ({strategy})"
     if exact:
         check_meta_gradient_by_finite_differences(*curves(make()))
         check_derivatives_along_directions(*images(make()))
@@ -100,8 +133,8 @@ def _check_that_all_hyperparameters_vary(make: Make, variations: Mapping[str, An
     algorithm = make()
     declared = {field.name for field in dataclasses.fields(algorithm)}
     assert set(variations) == declared, f"vary each of {sorted(declared)}, got {sorted(variations)}"
-    same = [name for name, value in variations.items() if getattr(algorithm, name) == value]
-    assert not same, f"these variations change nothing: {same}"
+    unvaried = [name for name, value in variations.items() if getattr(algorithm, name) == value]
+    assert not unvaried, f"these variations are none: {unvaried}"
 
 
 def _check_that_the_meta_gradient_differs(one: Algorithm, other: Algorithm, name: str) -> None:

@@ -8,7 +8,7 @@ from metadist.algorithms import MAML
 from metadist.core.episode import Examples
 from metadist.core.meta_gradient import score_episodes
 from metadist.sections import EvaluationSettings
-from tests.algorithms.contracts import check_algorithm, curves, images, relative_error
+from tests.algorithms.contracts import GRADIENT_BASED, SAME_BITS, check_algorithm, curves, images, relative_error
 from tests.builders import Problem, Quadratic, random_episodes, regression, tiny_config
 
 START, SUPPORT, QUERY = torch.tensor([[1.0, -2.0], [0.5, 3.0], [-1.0, 0.25]], dtype=torch.float64)
@@ -78,14 +78,15 @@ def quadratic(algorithm):
 
 
 def test_maml_fulfils_the_contract_in_second_order():
-    check_algorithm(make, {"inner_lr": 0.2, "inner_steps": 2, "order": "first"})
+    check_algorithm(make, GRADIENT_BASED, same=SAME_BITS)
 
 
 def test_maml_fulfils_the_contract_in_first_order():
     # FOMAML drops terms of the derivative, so finite differences do not agree with it.
     check_algorithm(
         lambda **changes: make(**{"order": "first", **changes}),
-        {"inner_lr": 0.2, "inner_steps": 2, "order": "second"},
+        GRADIENT_BASED | {"order": "second"},
+        same=SAME_BITS,
         exact=False,
     )
 

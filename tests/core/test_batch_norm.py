@@ -167,7 +167,7 @@ def test_running_records_each_norms_mean_and_unbiased_variance(make, affine):
     module, spec = make(affine)
     _, query = episode(spec)
     network = network_of(module, spec, "running")
-    found = network.statistics_layout.unflatten(network.set_statistics(parameters(module), query))
+    found = network.statistics_layout.unflatten(network.set_statistics([parameters(module)], query))
     reference = copy.deepcopy(module).train()
     for layer in reference:
         if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
@@ -179,12 +179,34 @@ def test_running_records_each_norms_mean_and_unbiased_variance(make, affine):
         assert_close(found[name], value)
 
 
+@MODELS
+def test_per_step_keeps_statistics_of_every_inner_step_and_goes_on_with_the_last(make):
+    module, spec = make()
+    support, query = episode(spec)
+    policy = make_network(copy.deepcopy(module).float(), spec, "per_step", inner_steps=2)
+    path = [parameters(shaken(copy.deepcopy(module), seed)) for seed in range(3)]
+    flat = policy.set_statistics(path, query)
+    running = network_of(module, spec, "running")
+    every = [running.set_statistics([params], query) for params in path]
+    found = policy.statistics_layout.unflatten(flat)
+    for step, expected in enumerate(every):
+        for name, value in running.statistics_layout.unflatten(expected).items():
+            torch.testing.assert_close(found[name][step], value, rtol=0, atol=0)
+    # In evaluation each step has its own, and steps beyond those of training have the last one's.
+    for step in range(5):
+        bound = policy.bind(flat, training=False).at(step)
+        reference = running.bind(every[min(step, 2)], training=False)
+        assert_close(bound.outputs(path[0], query, support), reference.outputs(path[0], query, support))
+    # While training each set is normalised by its own statistics.
+    assert_close(policy.at(1).outputs(path[0], query), running.outputs(path[0], query))
+
+
 @pytest.mark.parametrize("policy", ["transductive", "support"])
 def test_only_running_keeps_statistics(policy):
     module, spec = images()
     network = network_of(module, spec, policy)
     assert network.statistics_layout.size == 0
-    assert network.set_statistics(parameters(module), episode(spec)[1]).shape == (0,)
+    assert network.set_statistics([parameters(module)], episode(spec)[1]).shape == (0,)
 
 
 @ALL
@@ -255,7 +277,7 @@ def test_the_users_module_is_never_modified(make, policy):
     network = make_network(module, spec, policy)
     params = {name: value + 1 for name, value in parameters(module).items()}
     network.outputs(params, batch.query.x[0], reference=batch.support.x[0])
-    network.set_statistics(params, batch.query.x[0])
+    network.set_statistics([params], batch.query.x[0])
     assert {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])} == set()
     assert list(module.modules()) == layers
     assert module.training
@@ -274,7 +296,7 @@ def test_a_batch_of_tasks_is_computed_as_one_task_after_the_other(make, policy, 
     params = {name: value + torch.randn(3, *value.shape).double() for name, value in parameters(module).items()}
 
     def outputs(params, support, query):
-        return bound.outputs(params, query.x, reference=support.x), bound.set_statistics(params, query.x)
+        return bound.outputs(params, query.x, reference=support.x), bound.set_statistics([params], query.x)
 
     together = torch.vmap(outputs)(params, batch.support, batch.query)
     for task in range(3):

@@ -1,13 +1,19 @@
+import copy
+
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
 
+from metadist.algorithms import MAML
 from metadist.core.episode import Examples
+from metadist.core.keys import TaskKey
+from metadist.core.meta_gradient import MetaGradient
 from metadist.core.network import make_network
 from metadist.errors import ModelError
 from metadist.models import MLP, Conv4
-from tests.builders import classification, random_episodes, regression
+from tests.builders import Problem, classification, random_episodes, regression
 
 OMNIGLOT = classification((1, 28, 28), ways=5, shots=1, queries=1)
 CURVES = regression(inputs=3, outputs=2, support_size=4, query_size=5)
@@ -174,22 +180,67 @@ def test_constant_buffers_are_no_parameters_and_hold_what_they_held_at_the_start
     assert moved.constants["offset"].device.type == "meta"
 
 
+def with_dropout():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 2))
+
+
+@pytest.mark.parametrize("strategy", ["loop", "vmap"])
+@pytest.mark.parametrize("compile", [False, True])
+def test_what_dropout_draws_while_training_follows_from_the_chunks_first_key(strategy, compile):
+    problem = Problem(MAML(inner_lr=0.1), with_dropout(), CURVES, dtype=torch.float32)
+    batch = random_episodes(CURVES, 3, dtype=torch.float32)
+    compute = MetaGradient(problem.algorithm, problem.network, problem.layout, strategy=strategy, compile=compile)
+
+    def gradient(step):
+        keys = [TaskKey(0, "train", step, task) for task in range(3)]
+        return compute.sum_chunk(problem.theta, problem.statistics, batch, np.ones(3, np.float32), keys).gradient
+
+    first, state = gradient(0), torch.get_rng_state()
+    other = gradient(1)
+    assert np.array_equal(gradient(0), first)
+    assert not np.allclose(other, first)
+    assert torch.equal(torch.get_rng_state(), state), "the caller's generator was moved"
+
+
 @pytest.mark.parametrize(
-    "layer",
+    "module",
     [
-        nn.Dropout(0.1),
-        nn.Dropout2d(),
-        nn.AlphaDropout(0.3),
-        nn.RReLU(),
-        nn.LSTM(3, 3, num_layers=2, dropout=0.2),
-        nn.MultiheadAttention(4, 2, dropout=0.2),
-        nn.FractionalMaxPool2d(2, output_size=2),
+        with_dropout(),
+        nn.Sequential(nn.Linear(3, 2), nn.RReLU()),
+        nn.Sequential(nn.Linear(3, 4), nn.Unflatten(1, (4, 1, 1)), nn.Dropout2d(), nn.Flatten(), nn.Linear(4, 2)),
     ],
 )
-def test_layers_that_draw_random_numbers_are_refused_by_name(layer):
-    module = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.ReLU(), layer), nn.Linear(4, 2))
-    with pytest.raises(ModelError, match=rf"layer '1\.1' \({type(layer).__name__}\) draws random numbers"):
-        make_network(module, CURVES, "transductive")
+def test_layers_that_draw_random_numbers_do_so_only_while_training(module):
+    network = make_network(module, CURVES, "transductive")
+    assert network.is_random
+    params, x = parameters(module), random_episodes(CURVES, 1, dtype=torch.float32).support.x[0]
+    assert not torch.equal(network.outputs(params, x), network.outputs(params, x))
+    evaluated = network.bind(torch.zeros(0), training=False)
+    torch.testing.assert_close(evaluated.outputs(params, x), copy.deepcopy(module).eval()(x).detach())
+    # In evaluation under the policy `support` as well, whose skeleton is another.
+    supported = network.bind(torch.zeros(0), training=False, policy="support")
+    torch.testing.assert_close(supported.outputs(params, x, reference=x), copy.deepcopy(module).eval()(x).detach())
+
+
+def test_a_layer_that_is_random_in_evaluation_too_is_refused_by_name():
+    pool = nn.FractionalMaxPool2d(2, output_size=2)
+    module = nn.Sequential(nn.Sequential(nn.ReLU(), pool), nn.Flatten(), nn.Linear(4, 5))
+    with pytest.raises(ModelError, match=r"layer '0\.1' \(FractionalMaxPool2d\) draws random numbers even in"):
+        make_network(module, OMNIGLOT, "transductive")
+
+
+@pytest.mark.parametrize("model", [MLP(hidden=(7, 6)), MLP(hidden=(7,), batch_norm=True), Conv4(filters=4)])
+def test_the_embedding_is_the_model_without_its_last_layer(model):
+    torch.manual_seed(0)
+    body = model.embed(OMNIGLOT)
+    torch.manual_seed(0)
+    whole = model.build(OMNIGLOT)
+    x = random_episodes(OMNIGLOT, 1, dtype=torch.float32).support.x[0]
+    network = make_network(body, OMNIGLOT, "transductive", embedding=True)
+    features = network.outputs(parameters(body), x)
+    assert features.shape == (5, network.output_size)
+    torch.testing.assert_close(whole[-1](features), whole(x))
 
 
 def test_dropout_of_nothing_passes():
