@@ -116,7 +116,9 @@ def _make_module(config: Config, source: TaskSource) -> nn.Module:
     """The model with its initial weights, which depend on the run's seed alone."""
     model = config.model
     if isinstance(model, nn.Module):
-        return copy.deepcopy(model)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.training.seed)
+            return config.algorithm.prepare(copy.deepcopy(model))
     if not hasattr(model, "build"):
         raise ConfigError(
             f"model {type(model).__name__} is neither a torch nn.Module nor an object with `build(spec)` that"
@@ -131,9 +133,9 @@ def _make_module(config: Config, source: TaskSource) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
         module = model.embed(source.spec) if embedding else model.build(source.spec)
-    if not isinstance(module, nn.Module):
-        raise ModelError(f"model {type(model).__name__}: build(spec) must return an nn.Module, got {module!r}.")
-    return module
+        if not isinstance(module, nn.Module):
+            raise ModelError(f"model {type(model).__name__}: build(spec) must return an nn.Module, got {module!r}.")
+        return config.algorithm.prepare(module)
 
 
 def cxx_compiler() -> str | None:

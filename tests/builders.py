@@ -1,5 +1,7 @@
 """Small experiments, modules and episodes that several tests share."""
 
+import copy
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -114,6 +116,9 @@ class Problem:
         policy: str = "transductive",
         dtype: torch.dtype = torch.float64,
     ) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module = algorithm.prepare(copy.deepcopy(module))
         self.algorithm, self.module, self.spec = algorithm, module, spec
         embedding = algorithm.model_output == "embedding"
         self.network: Network = make_network(
@@ -135,10 +140,13 @@ class Problem:
     def objective(self, theta: Tensor, batch: EpisodeBatch) -> Tensor:
         """Sum over tasks of the query loss after adaptation, straight from the algorithm's methods."""
         network = self.network.bind(self.statistics, training=True)
+        algorithm = self.algorithm.at_step(0)
+        constants = {name: value.to(theta) for name, value in self.algorithm.constants_at(0).items()}
         total = theta.new_zeros(())
         for task in range(batch.support.x.shape[0]):
             support, query = (Examples(part.x[task], part.y[task]) for part in batch)
-            total = total + self.algorithm.objective(network, self.layout.unflatten(theta), support, query)[0]
+            meta = self.layout.unflatten(theta) | constants
+            total = total + algorithm.objective(network, meta, support, query)[0]
         return total
 
 

@@ -68,15 +68,15 @@ class GradientBased(Algorithm):
         return self
 
     def extra_parameters(self, network: Network, initial: Params) -> Params:
-        adapted = self.adapted(network)
+        start = self.start(network, initial)
         rate = torch.tensor(self.inner_lr)
         if self.learn_inner_lr == "shared":
             return {RATE: rate}
         steps = (max(1, self.inner_steps),) if self.learn_inner_lr == "per_layer_per_step" else ()
         if self.learn_inner_lr in ("per_layer", "per_layer_per_step"):
-            return {f"{RATE}/{name}": rate.expand(steps).clone() for name in adapted}
+            return {f"{RATE}/{name}": rate.expand(steps).clone() for name in start}
         if self.learn_inner_lr == "per_element":
-            return {f"{RATE}/{name}": torch.full_like(initial[name], self.inner_lr) for name in adapted}
+            return {f"{RATE}/{name}": torch.full_like(value, self.inner_lr) for name, value in start.items()}
         return {}
 
     def adapted(self, network: Network) -> list[str]:
@@ -99,7 +99,7 @@ class GradientBased(Algorithm):
         return [name for name in names if name in found]
 
     def adapt(self, network: Network, meta: Params, support: Examples, num_steps: int) -> list[Params]:
-        phi = {name: meta[name] for name in self.adapted(network)}
+        phi = self.start(network, meta)
         state = initial_state(self.inner_optimizer, phi)
         path = [meta | phi]
         for step in range(num_steps):
@@ -108,6 +108,10 @@ class GradientBased(Algorithm):
             phi, state = run(phi, state, meta, support)
             path.append(meta | phi)
         return path
+
+    def start(self, network: Network, meta: Params) -> Params:
+        """What the inner loop changes, before its first step."""
+        return {name: meta[name] for name in self.adapted(network)}
 
     def inner_step(
         self, step: int, network: Network, phi: Params, state: Params, meta: Params, support: Examples

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metadist.core.episode import Examples
 from metadist.core.network import Network
@@ -36,6 +36,13 @@ class Algorithm(ABC):
 
     model_output: ClassVar[Literal["predictions", "embedding"]] = "predictions"
     """What the model is built to give: one output a way (or target), or an embedding that `predict` works on."""
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """The model as the algorithm needs it: itself, unless layers are to be put around some of its own.
+
+        May change `module`, which is a copy. Raises ModelError where the algorithm does not fit it.
+        """
+        return module
 
     def extra_parameters(self, network: Network, initial: Params) -> Params:
         """Initial values of the meta-parameters beside the model's own (learned rates, say); none by default.

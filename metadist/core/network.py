@@ -50,6 +50,12 @@ class Network:
     """How many inner steps the parameters have behind them that the network is called with."""
 
     @property
+    def batch_norms(self) -> list[str]:
+        """Names of the batch-norm layers."""
+        modules = self.skeletons["own", True].named_modules()
+        return [name for name, layer in modules if isinstance(layer, EpisodicBatchNorm)]
+
+    @property
     def _own_source(self) -> Source:
         return "running" if self.policy in ("running", "per_step") and not self.training else "own"
 
