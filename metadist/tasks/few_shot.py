@@ -1,7 +1,7 @@
 """N-way k-shot classification over a class pool, for images and for vectors."""
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,15 @@ from metadist.errors import DataError
 from metadist.tasks.class_pool import ClassPool, read_pool
 
 Count = Annotated[int, Field(ge=1)]
+Ways = Annotated[int, Field(ge=2)]
+
+
+class Sizes(NamedTuple):
+    """Of one episode: classes, and support and query examples a class."""
+
+    ways: int
+    shots: int
+    queries: int
 
 
 @settings
@@ -26,13 +35,27 @@ class FewShot:
 
     pool: str
     """Path or URI of a class pool."""
-    ways: Annotated[int, Field(ge=2)] = 5
+    ways: Ways = 5
     shots: Count = 1
     """Support examples a class."""
     queries: Count = 1
     """Query examples a class."""
+    train_ways: Ways | None = None
+    """Ways of training episodes where they are others than at test (60 for Snell et al. 2017, arXiv:1703.05175)."""
+    train_shots: Count | None = None
+    """Support examples a class in training episodes; left out, `shots`."""
+    train_queries: Count | None = None
+    """Query examples a class in training episodes; left out, `queries`."""
     rotate_classes: bool = False
     """Each image class turned by 90, 180 and 270 degrees is three more classes (Santoro et al. 2016, sec. 4.1)."""
+
+    def sizes(self, split: str) -> Sizes:
+        """Sizes of a split's episodes."""
+        return Sizes(*(getattr(self, self.key(split, name)) for name in Sizes._fields))
+
+    def key(self, split: str, name: str) -> str:
+        """The setting that decides over a size (`ways`, say) of a split's episodes."""
+        return f"train_{name}" if split == "train" and getattr(self, f"train_{name}") is not None else name
 
     def open(self) -> "FewShotSource":
         return FewShotSource(self, read_pool(self.pool))
@@ -55,56 +78,66 @@ class FewShotSource:
                 self._check_class_sizes(split, ids)
 
     def _check_class_sizes(self, split: str, ids: np.ndarray) -> None:
-        needed = self.settings.shots + self.settings.queries
+        s, sizes = self.settings, self.settings.sizes(split)
+        needed = sizes.shots + sizes.queries
         smallest = ids[np.argmin(self.pool.sizes()[ids])]
         if self.pool.sizes()[smallest] < needed:
             raise DataError(
                 f"{self.pool.path}: class {self.pool.classes[smallest]!r} ({split}) has"
-                f" {self.pool.sizes()[smallest]} examples, and task.shots + task.queries ="
-                f" {self.settings.shots} + {self.settings.queries} = {needed} are needed."
+                f" {self.pool.sizes()[smallest]} examples, and task.{s.key(split, 'shots')} +"
+                f" task.{s.key(split, 'queries')} = {sizes.shots} + {sizes.queries} = {needed} are needed."
                 " Lower them, or leave that class out of the pool."
             )
 
     @property
     def spec(self) -> EpisodeSpec:
-        s = self.settings
+        return self._spec("test")
+
+    @property
+    def train_spec(self) -> EpisodeSpec:
+        return self._spec("train")
+
+    def _spec(self, split: str) -> EpisodeSpec:
+        sizes = self.settings.sizes(split)
         return EpisodeSpec(
             kind="classification",
             input_shape=self.pool.examples.shape[1:],
-            output_size=s.ways,
-            support_size=s.ways * s.shots,
-            query_size=s.ways * s.queries,
+            output_size=sizes.ways,
+            support_size=sizes.ways * sizes.shots,
+            query_size=sizes.ways * sizes.queries,
         )
 
     def sample(self, keys: Sequence[TaskKey]) -> EpisodeBatch:
-        s = self.settings
-        episodes = np.stack([self._draw(key) for key in keys])
+        # Episodes of one batch have one shape, so its keys are of splits that have the same.
+        (sizes,) = {self.settings.sizes(key.split) for key in keys}
+        episodes = np.stack([self._draw(key, sizes) for key in keys])
         if self.pool.is_images:
             episodes = episodes.astype(np.float32) / np.float32(255)
-        labels = torch.arange(s.ways).repeat(len(keys), 1)
+        labels = torch.arange(sizes.ways).repeat(len(keys), 1)
 
         def examples(part: np.ndarray, number: int) -> Examples:
             x = torch.from_numpy(np.ascontiguousarray(part))
             return Examples(x.flatten(1, 2), labels.repeat_interleave(number, dim=1))
 
         return EpisodeBatch(
-            examples(episodes[:, :, : s.shots], s.shots), examples(episodes[:, :, s.shots :], s.queries)
+            examples(episodes[:, :, : sizes.shots], sizes.shots), examples(episodes[:, :, sizes.shots :], sizes.queries)
         )
 
-    def _draw(self, key: TaskKey) -> np.ndarray:
+    def _draw(self, key: TaskKey, sizes: Sizes) -> np.ndarray:
         """The examples of one episode, `[ways, shots + queries, *input_shape]`."""
         s, pool, random = self.settings, self.pool, generator(key)
         turns = 4 if s.rotate_classes else 1
         ids = pool.class_ids[key.split]
-        if len(ids) * turns < s.ways:
+        if len(ids) * turns < sizes.ways:
+            ways = f"task.{s.key(key.split, 'ways')}"
             raise DataError(
-                f"{pool.path}: task.ways = {s.ways} is more than the {len(ids) * turns} classes of split"
-                f" {key.split!r}. Lower task.ways, or move classes to that split."
+                f"{pool.path}: {ways} = {sizes.ways} is more than the {len(ids) * turns} classes of split"
+                f" {key.split!r}. Lower {ways}, or move classes to that split."
             )
         drawn = []
-        for number in random.choice(len(ids) * turns, s.ways, replace=False):
+        for number in random.choice(len(ids) * turns, sizes.ways, replace=False):
             class_id, turn = ids[number // turns], number % turns
             start, stop = pool.starts[class_id], pool.starts[class_id + 1]
-            chosen = start + random.choice(stop - start, s.shots + s.queries, replace=False)
+            chosen = start + random.choice(stop - start, sizes.shots + sizes.queries, replace=False)
             drawn.append(np.rot90(pool.examples[chosen], turn, axes=(-2, -1)) if turn else pool.examples[chosen])
         return np.stack(drawn)

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 from collections import Counter
 
@@ -6,6 +7,7 @@ import pytest
 from PIL import Image
 
 from metadist.core.keys import SPLITS, TaskKey
+from metadist.core.task_source import spec_of
 from metadist.errors import DataError
 from metadist.tasks import FewShot
 from metadist.tasks.class_pool import PoolRow, write_pool
@@ -91,6 +93,8 @@ def recognised(source, names, split, count):
         (image_pool, {"ways": 5, "shots": 1, "queries": 5, "rotate_classes": True}),
         (lambda path: image_pool(path, channels=3), {"ways": 3, "shots": 2, "queries": 1, "rotate_classes": True}),
         (vector_pool, {"ways": 4, "shots": 1, "queries": 2}),
+        (image_pool, {"ways": 3, "shots": 2, "queries": 3, "train_ways": 7, "train_shots": 1, "train_queries": 4}),
+        (vector_pool, {"ways": 4, "shots": 1, "queries": 2, "train_shots": 3}),
     ],
 )
 def test_few_shot_episodes_fulfil_the_contract(tmp_path, make, settings):
@@ -141,6 +145,35 @@ def test_no_class_is_in_two_splits_and_each_split_has_all_of_its_own(tmp_path):
         episodes = recognised(source, names, split, 80)
         found[split] = {number for support, _ in episodes for _, number, *_ in support}
     assert found == {"train": set(range(7)), "val": set(range(7, 13)), "test": set(range(13, 18))}
+
+
+def test_training_episodes_may_have_other_sizes_than_those_at_test(tmp_path):
+    path, names = image_pool(tmp_path)
+    source = FewShot(pool=path, ways=5, shots=1, queries=2, train_ways=7, train_shots=3, train_queries=1).open()
+    for split, (ways, shots, queries) in {"train": (7, 3, 1), "val": (5, 1, 2), "test": (5, 1, 2)}.items():
+        spec = spec_of(source, split)
+        assert (spec.output_size, spec.support_size, spec.query_size) == (ways, ways * shots, ways * queries)
+        for support, query in recognised(source, names, split, 10):
+            assert Counter(label for label, *_ in support) == dict.fromkeys(range(ways), shots)
+            assert Counter(label for label, *_ in query) == dict.fromkeys(range(ways), queries)
+
+
+@pytest.mark.parametrize("name", ["ways", "shots", "queries"])
+def test_a_size_of_training_episodes_that_is_left_out_is_as_at_test(tmp_path, name):
+    path, _ = image_pool(tmp_path)
+    settings = FewShot(pool=path, ways=5, shots=1, queries=2, **{f"train_{name}": 3})
+    assert settings.sizes("test") == (5, 1, 2)
+    assert settings.sizes("train") == settings.sizes("test")._replace(**{name: 3})
+
+
+def test_sizes_of_training_episodes_leave_the_bits_of_all_others_alone(tmp_path):
+    path, _ = image_pool(tmp_path)
+    plain = FewShot(pool=path, ways=4, shots=2, queries=3)
+    sources = plain.open(), dataclasses.replace(plain, train_ways=6, train_queries=1).open()
+    alike = plain.open(), dataclasses.replace(plain, train_ways=4, train_shots=2, train_queries=3).open()
+    for split, pair in [("train", alike), ("val", sources), ("test", sources), ("test", alike)]:
+        one, other = ([t.numpy().tobytes() for p in s.sample(keys(split, 4)) for t in p] for s in pair)
+        assert one == other
 
 
 def test_turned_classes_are_three_more_classes_each(tmp_path):
@@ -200,6 +233,30 @@ def test_a_class_with_too_few_examples_is_refused_by_its_name(tmp_path):
     FewShot(pool=str(tmp_path / "pool.parquet"), ways=2, shots=2, queries=1).open()
     with pytest.raises(DataError, match=r"class 'small' \(train\) has 3 examples, .* 2 \+ 2 = 4 are needed"):
         FewShot(pool=str(tmp_path / "pool.parquet"), ways=2, shots=2, queries=2).open()
+
+
+def test_each_split_needs_only_what_its_own_episodes_take(tmp_path):
+    # 4 examples a training class, 3 a test class.
+    rows = [
+        PoolRow(f"{split} {number}", None, split, features=[float(n)])
+        for split, size in (("train", 4), ("test", 3))
+        for number in range(3)
+        for n in range(size)
+    ]
+    write_pool(rows, tmp_path / "pool.parquet")
+    path = str(tmp_path / "pool.parquet")
+    fits = FewShot(pool=path, ways=2, shots=2, queries=1, train_ways=3, train_shots=3).open()
+    fits.sample(keys("train", 1))
+    with pytest.raises(
+        DataError, match=r"\(train\) has 4 examples, and task\.train_shots \+ task\.queries = 4 \+ 1 = 5"
+    ):
+        FewShot(pool=path, ways=2, shots=2, queries=1, train_shots=4).open()
+    with pytest.raises(DataError, match=r"\(test\) has 3 examples, and task\.shots \+ task\.queries = 2 \+ 2 = 4 are"):
+        FewShot(pool=path, ways=2, shots=2, queries=2, train_queries=1).open()
+    too_many = FewShot(pool=path, ways=2, shots=2, queries=1, train_ways=4).open()
+    too_many.sample(keys("test", 1))
+    with pytest.raises(DataError, match=r"task\.train_ways = 4 is more than the 3 classes of split 'train'"):
+        too_many.sample(keys("train", 1))
 
 
 def test_only_square_images_can_be_turned(tmp_path):
