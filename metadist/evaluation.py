@@ -18,15 +18,17 @@ from metadist.errors import CheckpointError, RunDirectoryError
 from metadist.experiment import Experiment, check_splits, make_experiment
 from metadist.pictures import draw_evaluation
 from metadist.run_directory import RunDirectory
-from metadist.scores import NO_BATCH_NORM, Evaluation, PolicyScores, mean_and_interval
+from metadist.scores import NO_BATCH_NORM, Evaluation, PolicyScores
 from metadist.sections import EvaluationSettings
 
 
-def evaluate_with(executor: Executor, config: Config, settings: EvaluationSettings) -> Evaluation:
+def evaluate_with(
+    executor: Executor, config: Config, settings: EvaluationSettings, *, own_policy_alone: bool = False
+) -> Evaluation:
     """Evaluates the learner's theta on the executor's adapters, under the run's batch-norm policy and `support`."""
     policy = config.training.batch_norm
     policies: list[BatchNormPolicy] = [policy or "transductive"]
-    if policy is not None and policy != "support":
+    if policy is not None and policy != "support" and not own_policy_alone:
         policies.append("support")
     steps = config.inner_steps_at_test if settings.inner_steps is None else settings.inner_steps
     plan = plan_evaluation(settings.seed, settings.split, settings.episodes, config.training.tasks_per_chunk)
@@ -38,11 +40,7 @@ def evaluate_with(executor: Executor, config: Config, settings: EvaluationSettin
         seed=settings.seed,
         step=executor.state().step,
         policies=[
-            PolicyScores(
-                name,
-                [mean_and_interval(scores.loss[index, :, number]) for number in range(steps + 1)],
-                [mean_and_interval(scores.accuracy[index, :, number]) for number in range(steps + 1)],
-            )
+            PolicyScores.of(name, scores.loss[index], scores.accuracy[index], scores.calibration[index])
             for index, name in enumerate(names)
         ],
     )
@@ -51,7 +49,7 @@ def evaluate_with(executor: Executor, config: Config, settings: EvaluationSettin
 def save_evaluation(
     evaluation: Evaluation, directory: RunDirectory, config: Config, experiment: Experiment, state: LearnerState
 ) -> None:
-    """Writes evaluation.json and its picture into the run directory."""
+    """Writes evaluation.json and its pictures into the run directory."""
     directory.write_json("evaluation.json", evaluation.as_dict())
     draw_evaluation(evaluation, directory.local, config, experiment, state)
     directory.upload()

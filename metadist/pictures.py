@@ -8,12 +8,13 @@ import numpy as np
 import torch
 
 from metadist.config import Config
+from metadist.core.calibration import BINS
 from metadist.core.episode import Examples
 from metadist.core.keys import TaskKey
 from metadist.distributed.learner import LearnerState
 from metadist.experiment import Experiment, open_task
 from metadist.files import replacing
-from metadist.scores import Evaluation
+from metadist.scores import NO_BATCH_NORM, Evaluation
 from metadist.tracking import read_metrics
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def draw_evaluation(
 ) -> list[Path]:
     """Draws what fits the task into `directory`; gives the files."""
     files = [_save(_scores_per_step(evaluation), directory / "evaluation.png")]
+    if evaluation.is_classification:
+        files.append(_save(_reliability(evaluation), directory / "reliability.png"))
     curves = adapted_curves(config, experiment, state)
     if curves is not None:
         files.append(_save(curves, directory / "adapted_curves.png"))
@@ -80,12 +83,18 @@ def _scores_per_step(evaluation: Evaluation) -> "Figure":
     figure, axes = _figure(1)
     axis = axes[0]
     steps = range(evaluation.inner_steps + 1)
-    for policy, colour in zip(evaluation.policies, (BLUE, ORANGE), strict=False):
+    for place, (policy, colour) in enumerate(zip(evaluation.policies, (BLUE, ORANGE), strict=False)):
         scores = policy.accuracy if evaluation.is_classification else policy.loss
         scale = 100 if evaluation.is_classification else 1
         mean = np.array([scale * score["mean"] for score in scores])
         half = np.array([scale * score["ci95"] for score in scores])
-        axis.plot(steps, mean, "o-", color=colour, label=f"batch norm: {policy.batch_norm}", markersize=4)
+        label = f"batch norm: {policy.batch_norm}"
+        if evaluation.inner_steps == 0:
+            # A band has no width over a single step; beside each other the intervals can be told apart.
+            axis.errorbar([0.1 * place], mean, half, fmt="o", color=colour, label=label, markersize=4, capsize=3)
+            axis.set_xlim(-0.5, 0.5)
+            continue
+        axis.plot(steps, mean, "o-", color=colour, label=label, markersize=4)
         axis.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
     axis.set_xlabel("inner steps")
     axis.set_ylabel("query accuracy, %" if evaluation.is_classification else "query loss")
@@ -93,6 +102,40 @@ def _scores_per_step(evaluation: Evaluation) -> "Figure":
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(evaluation.policies) > 1:
         axis.legend(frameon=False)
+    return figure
+
+
+def _reliability(evaluation: Evaluation) -> "Figure":
+    """Accuracy by confidence after the last inner step, the gap to the diagonal, and how many predictions there are."""
+    panels = len(evaluation.policies)
+    figure = _canvas(4.6 * panels + 0.6, 4.8)
+    upper, lower = figure.subplots(2, panels, sharex=True, sharey="row", squeeze=False, height_ratios=(3, 1))
+    _make_plain([*upper, *lower])
+    for policy, above, below in zip(evaluation.policies, upper, lower, strict=True):
+        assert policy.calibration is not None
+        calibration = policy.calibration[-1]
+        counts = np.array(calibration.counts)
+        some = counts > 0
+        number, width = counts[some], 1 / BINS
+        centre = (np.arange(BINS) + 0.5)[some] * width
+        confidence, accuracy = (np.array(sums)[some] / number for sums in (calibration.confidence, calibration.correct))
+        above.plot([0, 1], [0, 1], "--", color=BLACK, linewidth=1, zorder=3, label="perfect calibration")
+        above.bar(centre, accuracy, width, color=BLUE, edgecolor="white", linewidth=0.5, label="accuracy")
+        gap = confidence - accuracy
+        style = {"facecolor": "none", "edgecolor": ORANGE, "hatch": "////", "linewidth": 0.8}
+        above.bar(centre, gap, width, bottom=accuracy, label="gap to the mean confidence", **style)
+        above.set_ylim(0, 1)
+        under = "" if policy.batch_norm == NO_BATCH_NORM else f"batch norm: {policy.batch_norm}, "
+        above.set_title(f"{under}ECE {100 * calibration.ece:.2f} %", loc="left")
+        below.bar(centre, number, width, color=GREY, edgecolor="white", linewidth=0.5)
+        for x, count in zip(centre, number, strict=True):
+            below.annotate(f"{count}", (x, count), (0, 2), textcoords="offset points", ha="center", fontsize=6)
+        below.margins(y=0.2)
+        below.set_xlim(0, 1)
+        below.set_xlabel("confidence")
+    upper[0].set_ylabel("accuracy")
+    lower[0].set_ylabel("predictions")
+    upper[0].legend(frameon=False, loc="upper left", fontsize=8)
     return figure
 
 
@@ -140,17 +183,27 @@ def _draw_steps(axis: "Axes", x: torch.Tensor, outputs: list[torch.Tensor], last
 
 
 def _figure(panels: int) -> "tuple[Figure, list[Axes]]":
+    figure = _canvas(5.5 if panels == 1 else 3.2 * panels + 1.5, 3.6)
+    axes = list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
+    _make_plain(axes)
+    return figure, axes
+
+
+def _canvas(width: float, height: float) -> "Figure":
     # Without pyplot: no display is needed and no state is kept.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.5 if panels == 1 else 3.2 * panels + 1.5, 3.6), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    return figure
+
+
+def _make_plain(axes: "list[Axes]") -> None:
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.5)
-    return figure, list(axes)
+        axis.set_axisbelow(True)
 
 
 def _save(figure: "Figure", path: Path) -> Path:

@@ -1,11 +1,13 @@
 """Scores of adapted models: means with intervals, per batch-norm policy and inner step."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from rich.table import Table
+
+from metadist.core.calibration import Calibration
 
 Score = dict[str, float]
 """`{"mean": .., "ci95": ..}`."""
@@ -29,6 +31,24 @@ class PolicyScores:
     batch_norm: str
     loss: list[Score]
     accuracy: list[Score]
+    calibration: list[Calibration] | None
+    """None in regression."""
+    episode_loss: np.ndarray = field(repr=False, compare=False)
+    """`[episodes, inner steps + 1]`, in the order of the episodes' keys; likewise the accuracy (NaN in regression)."""
+    episode_accuracy: np.ndarray = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, batch_norm: str, loss: np.ndarray, accuracy: np.ndarray, bins: np.ndarray) -> "PolicyScores":
+        """From one policy's part of EpisodeScores."""
+        steps = range(loss.shape[1])
+        return cls(
+            batch_norm,
+            [mean_and_interval(loss[:, number]) for number in steps],
+            [mean_and_interval(accuracy[:, number]) for number in steps],
+            [Calibration.of(bins[:, number]) for number in steps] if bins.shape[-1] else None,
+            loss,
+            accuracy,
+        )
 
 
 @dataclass(frozen=True)
@@ -50,6 +70,10 @@ class Evaluation:
     def is_classification(self) -> bool:
         return not math.isnan(self.policies[0].accuracy[0]["mean"])
 
+    @property
+    def scores(self) -> tuple[str, ...]:
+        return ("loss", "accuracy") if self.is_classification else ("loss",)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as evaluation.json and `metadist evaluate --json` have them. NaN is null."""
         own = self.policies[0]
@@ -62,18 +86,25 @@ class Evaluation:
             "inner_steps": self.inner_steps,
             "accuracy": own.accuracy[-1] if self.is_classification else None,
             "loss": own.loss[-1],
+            "ece": own.calibration[-1].ece if own.calibration else None,
             "policies": [
                 {
                     "batch_norm": policy.batch_norm,
                     "per_inner_step": [
-                        {"inner_step": number, "loss": loss, "accuracy": accuracy if self.is_classification else None}
-                        for number, (loss, accuracy) in enumerate(zip(policy.loss, policy.accuracy, strict=True))
+                        {
+                            "inner_step": number,
+                            "loss": policy.loss[number],
+                            "accuracy": policy.accuracy[number] if self.is_classification else None,
+                            "ece": policy.calibration[number].ece if policy.calibration else None,
+                        }
+                        for number in range(self.inner_steps + 1)
                     ],
+                    "calibration": policy.calibration[-1].as_dict() if policy.calibration else None,
                 }
                 for policy in self.policies
             ],
         }
-        plain: dict[str, Any] = _nan_to_none(result)
+        plain: dict[str, Any] = nan_to_none(result)
         return plain
 
     def table(self) -> Table:
@@ -81,24 +112,29 @@ class Evaluation:
         title = f"{self.episodes} {self.split} episodes, theta of step {self.step}; mean and 95 % interval"
         table = Table(title=title, title_justify="left")
         table.add_column("inner steps", justify="right")
-        for policy in self.policies:
-            under = "" if policy.batch_norm == NO_BATCH_NORM else f" (batch norm: {policy.batch_norm})"
-            table.add_column(f"query loss{under}", justify="right")
-            if self.is_classification:
-                table.add_column(f"accuracy{under}", justify="right")
         shown = [
             n
             for n in range(self.inner_steps + 1)
             if n <= 1 or n % 5 == 0 or n == self.inner_steps or n <= 3 >= self.inner_steps
         ]
-        for number in shown:
-            cells = [str(number)]
-            for policy in self.policies:
-                loss, accuracy = policy.loss[number], policy.accuracy[number]
-                cells.append(f"{loss['mean']:.4f} ± {loss['ci95']:.4f}")
-                if self.is_classification:
-                    cells.append(f"{100 * accuracy['mean']:.2f} ± {100 * accuracy['ci95']:.2f} %")
-            table.add_row(*cells)
+        columns: list[list[str]] = []
+        for policy in self.policies:
+            under = "" if policy.batch_norm == NO_BATCH_NORM else f" (batch norm: {policy.batch_norm})"
+            for score in self.scores:
+                columns.append([written(getattr(policy, score)[number], score) for number in shown])
+                add_column(table, HEADERS[score] + under, columns[-1])
+        for number, *cells in zip(shown, *columns, strict=True):
+            table.add_row(str(number), *cells)
+        errors = [
+            f"{100 * policy.calibration[-1].ece:.2f} %"
+            + ("" if policy.batch_norm == NO_BATCH_NORM else f" ({policy.batch_norm})")
+            for policy in self.policies
+            if policy.calibration
+        ]
+        if errors:
+            steps = f"{self.inner_steps} inner step{'' if self.inner_steps == 1 else 's'}"
+            table.caption = f"expected calibration error after {steps}: {', '.join(errors)}"
+            table.caption_justify = "left"
         return table
 
 
@@ -106,9 +142,25 @@ NO_BATCH_NORM = "none"
 """Stands for the policy of a model that has no batch norm."""
 
 
-def _nan_to_none(value: Any) -> Any:
+HEADERS = {"loss": "query loss", "accuracy": "accuracy, %"}
+"""What the columns of `written` scores are called."""
+
+
+def written(score: Score, name: str, sign: str = "") -> str:
+    """A loss, or an accuracy in per cent, with its interval, as tables show it; `sign` is "+" for differences."""
+    scale, digits = (1, 4) if name == "loss" else (100, 2)
+    return f"{scale * score['mean']:{sign}.{digits}f} ± {scale * score['ci95']:.{digits}f}"
+
+
+def add_column(table: Table, header: str, cells: list[str]) -> None:
+    """A column of numbers that a narrow terminal wraps in its header alone."""
+    table.add_column(header, justify="right", min_width=max(map(len, cells)))
+
+
+def nan_to_none(value: Any) -> Any:
+    """Plain values as JSON can say them."""
     if isinstance(value, dict):
-        return {key: _nan_to_none(inner) for key, inner in value.items()}
+        return {key: nan_to_none(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_nan_to_none(inner) for inner in value]
+        return [nan_to_none(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

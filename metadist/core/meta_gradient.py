@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metadist.core.algorithm import Algorithm
 from metadist.core.batch_norm import BatchNormPolicy
+from metadist.core.calibration import bin_sums
 from metadist.core.episode import EpisodeBatch, Examples
 from metadist.core.keys import TaskKey, seed_for_layers
 from metadist.core.network import Network
@@ -44,6 +45,8 @@ class EpisodeScores(NamedTuple):
 
     loss: np.ndarray
     accuracy: np.ndarray
+    calibration: np.ndarray
+    """`[policies, episodes, inner steps + 1, 3, BINS]`: see `calibration.bin_sums`; without bins in regression."""
 
 
 class MetaGradient:
@@ -162,24 +165,25 @@ def score_episodes(
     """Adapts to each support set and scores the query set after 0, 1, .., `inner_steps` steps, under each policy."""
     meta = theta.unflatten(vector)
 
-    def score(support: Examples, query: Examples) -> tuple[Tensor, Tensor]:
-        losses, accuracies = [], []
+    def score(support: Examples, query: Examples) -> tuple[Tensor, ...]:
+        losses, accuracies, sums = [], [], []
         for policy in policies:
             bound = network.bind(statistics, training=False, policy=policy)
             for number, phi in enumerate(algorithm.adapt(bound, meta, support, inner_steps)):
                 loss, outputs = algorithm.query_loss(bound.at(number), phi, support, query)
                 losses.append(loss)
                 accuracies.append(bound.accuracy_of(outputs, query.y))
-        shape = (len(policies), -1)
-        return torch.stack(losses).view(shape), torch.stack(accuracies).view(shape)
+                is_classification = bound.kind == "classification"
+                sums.append(bin_sums(outputs, query.y) if is_classification else outputs.new_zeros(3, 0))
+        return tuple(torch.stack(part).unflatten(0, (len(policies), -1)) for part in (losses, accuracies, sums))
 
     with torch.no_grad():
         if strategy == "vmap":
-            loss, accuracy = torch.vmap(score)(batch.support, batch.query)
+            parts = torch.vmap(score)(batch.support, batch.query)
         else:
             scores = [score(*_task(batch, task)) for task in range(batch.support.x.shape[0])]
-            loss, accuracy = (torch.stack(part) for part in zip(*scores, strict=True))
-    return EpisodeScores(loss.transpose(0, 1).numpy(force=True), accuracy.transpose(0, 1).numpy(force=True))
+            parts = tuple(torch.stack(part) for part in zip(*scores, strict=True))
+    return EpisodeScores(*(part.transpose(0, 1).numpy(force=True) for part in parts))
 
 
 def _task(batch: EpisodeBatch, task: int) -> tuple[Examples, Examples]:

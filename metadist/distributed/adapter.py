@@ -89,7 +89,7 @@ class Adapter:
     def score_range(
         self, plan: Plan, span: Range, published: np.ndarray, inner_steps: int, policies: list[BatchNormPolicy]
     ) -> EpisodeScores:
-        """Scores of the adapted models of a range of chunks, `[policies, episodes, inner_steps + 1]`."""
+        """Scores of the adapted models of a range of chunks, `[policies, episodes, inner_steps + 1, ..]`."""
         theta, statistics = self._split(published)
         parts = []
         for chunk in range(span.start, span.stop):
