@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +173,15 @@ def impossible(config: Config) -> list[tuple[str, str]]:
         )
     if outer.final_lr > outer.lr:
         problems.append(("outer.final_lr", f"must be at most outer.lr = {outer.lr}, got {outer.final_lr}. Lower it."))
+    steps, algorithm = config.evaluation.inner_steps, config.algorithm
+    if steps and dataclasses.is_dataclass(algorithm) and "inner_steps" not in {f.name for f in fields(algorithm)}:
+        problems.append(
+            (
+                "evaluation.inner_steps",
+                f"is for algorithms with inner steps, got {steps} with {type(algorithm).__name__}, which adapts in one"
+                " go. Leave it out.",
+            )
+        )
     low, high = scaling.worker_limits
     if low > high:
         problems.append(("scaling.num_workers", f"is (min, max) and needs min <= max, got ({low}, {high}). Swap them."))

@@ -42,6 +42,8 @@ class Network:
     """Ways, target dimensions, or the size of the embedding."""
     num_classes: int
     """Classes that training episodes tell apart; target dimensions in regression."""
+    ways_by_support_size: dict[int, int]
+    """Classes that episodes tell apart in evaluation, by the size of their support set."""
     is_random: bool = False
     """Whether some layer draws random numbers while training."""
     label_smoothing: float = 0.0
@@ -62,6 +64,10 @@ class Network:
     def at(self, inner_step: int) -> "Network":
         """This network for parameters after so many inner steps; only the policy `per_step` makes a difference."""
         return dataclasses.replace(self, inner_step=inner_step) if self.policy == "per_step" else self
+
+    def ways(self, support: Examples) -> int:
+        """Classes that this support set's episode tells apart: known from its size, before its targets are."""
+        return self.num_classes if self.training else self.ways_by_support_size[support.x.shape[0]]
 
     def outputs(self, params: Params, x: Tensor, reference: Tensor | None = None) -> Tensor:
         """Predictions `[examples, output_size]` (logits in classification) for `x: [examples, *input_shape]`.
@@ -199,6 +205,7 @@ def make_network(
         },
         output_size=spec.output_size,
         num_classes=train_spec.output_size,
+        ways_by_support_size={part.support_size: part.output_size for part in (train_spec, spec)},
         is_random=any(map(_is_random, module.modules())),
         label_smoothing=label_smoothing,
     )

@@ -1,8 +1,9 @@
 """What holds for every algorithm, whatever it computes. Each algorithm's test calls `check_algorithm`."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import numpy as np
 import torch
@@ -20,13 +21,15 @@ from tests.builders import (
 )
 
 Make = Callable[..., Algorithm]
+MakeProblem = Callable[[Algorithm], tuple[Problem, EpisodeBatch]]
 
 
 class Beside(NamedTuple):
-    """Another value of a hyperparameter that has an effect only beside these others."""
+    """Another value of a hyperparameter that has an effect only beside these others, or from an outer step on."""
 
     value: Any
-    others: dict[str, Any]
+    others: Mapping[str, Any] = MappingProxyType({})
+    step: int = 0
 
 
 GRADIENT_BASED: dict[str, Any] = {
@@ -45,39 +48,55 @@ SAME_BITS: dict[str, Any] = {"checkpoint_inner_steps": True}
 
 
 def check_algorithm(
-    make: Make, variations: Mapping[str, Any], *, same: Mapping[str, Any] | None = None, exact: bool = True
+    make: Make,
+    variations: Mapping[str, Any],
+    *,
+    same: Mapping[str, Any] | None = None,
+    exact: bool = True,
+    problems: Sequence[MakeProblem] | None = None,
 ) -> None:
     """The contract of an algorithm that `make(**hyperparameters)` builds.
 
     `variations` gives every hyperparameter another value than `make` does, and each must show in the
-    meta-gradient; those in `same` must not change a bit of it. `exact` says that the meta-gradient claims to
-    be the gradient of `objective`, so that finite differences must agree.
+    meta-gradient of one of `problems` (left out: `curves` and `images`); those in `same` must not change
+    a bit of it. `exact` says that the meta-gradient claims to be the gradient of `objective`, so that finite
+    differences must agree.
     """
-    same = same or {}
+    same, problems = same or {}, problems or (curves, images)
     _check_that_all_hyperparameters_vary(make, {**variations, **same})
-    for problem, batch in (curves(make()), images(make())):
+    for problem, batch in (made(make()) for made in problems):
         _check_that_theta_is_untouched(problem, batch)
         _check_that_tasks_do_not_see_each_other(problem, batch)
         _check_that_vmap_equals_the_loop(problem, batch)
         _check_that_types_are_kept(problem, batch)
     for name, value in variations.items():
-        value, others = value if isinstance(value, Beside) else (value, {})
-        _check_that_the_meta_gradient_differs(make(**others), make(**others, **{name: value}), name)
+        varied = value if isinstance(value, Beside) else Beside(value)
+        one, other = make(**varied.others), make(**varied.others, **{name: varied.value})
+        _check_that_the_meta_gradient_differs(problems, one, other, name, varied.step)
     for name, value in same.items():
-        for problem, batch in (curves(make()), images(make())):
+        for problem, batch in (made(make()) for made in problems):
             varied = Problem(make(**{name: value}), problem.module, problem.spec)
             for strategy in ("loop", "vmap"):
                 found, expected = (p.sums(batch, strategy=strategy).gradient for p in (varied, problem))
                 assert np.array_equal(found, expected), f"{name} = {value} changes bits ({strategy})"
     if exact:
-        check_meta_gradient_by_finite_differences(*curves(make()))
-        check_derivatives_along_directions(*images(make()))
+        for made in problems:
+            if made is images:
+                check_derivatives_along_directions(*made(make()))
+            else:
+                check_meta_gradient_by_finite_differences(*made(make()))
 
 
 def curves(algorithm: Algorithm) -> tuple[Problem, EpisodeBatch]:
     """Two regression tasks for a smooth network."""
     spec = regression(inputs=2, outputs=2, support_size=5, query_size=4)
     return Problem(algorithm, smooth_mlp(spec), spec), random_episodes(spec, 2, seed=1)
+
+
+def points(algorithm: Algorithm) -> tuple[Problem, EpisodeBatch]:
+    """Two tasks of 3 ways in the plane for a smooth network."""
+    spec = classification((2,), ways=3, shots=2, queries=2)
+    return Problem(algorithm, smooth_mlp(spec), spec), random_episodes(spec, 2, seed=4)
 
 
 def images(algorithm: Algorithm) -> tuple[Problem, EpisodeBatch]:
@@ -131,18 +150,23 @@ def relative_error(found: np.ndarray | torch.Tensor, expected: np.ndarray | torc
 
 def _check_that_all_hyperparameters_vary(make: Make, variations: Mapping[str, Any]) -> None:
     algorithm = make()
-    declared = {field.name for field in dataclasses.fields(algorithm)}
+    kinds = {field.name: field.type for field in dataclasses.fields(algorithm)}
+    declared = {name for name, kind in kinds.items() if len(get_args(kind)) != 1 or get_origin(kind) is not Literal}
     assert set(variations) == declared, f"vary each of {sorted(declared)}, got {sorted(variations)}"
     unvaried = [name for name, value in variations.items() if getattr(algorithm, name) == value]
     assert not unvaried, f"these variations are none: {unvaried}"
 
 
-def _check_that_the_meta_gradient_differs(one: Algorithm, other: Algorithm, name: str) -> None:
-    (problem, batch), (varied, _) = curves(one), curves(other)
-    if varied.layout != problem.layout:
-        return  # Other meta-parameters: it certainly has another meta-gradient.
-    error = relative_error(varied.sums(batch).gradient, problem.sums(batch).gradient)
-    assert error > 1e-4, f"{name} is declared and changes nothing: {one} and {other} have equal meta-gradients"
+def _check_that_the_meta_gradient_differs(
+    problems: Sequence[MakeProblem], one: Algorithm, other: Algorithm, name: str, step: int
+) -> None:
+    errors = []
+    for made in problems:
+        (problem, batch), (varied, _) = made(one), made(other)
+        if varied.layout != problem.layout:
+            return  # Other meta-parameters: it certainly has another meta-gradient.
+        errors.append(relative_error(*(p.sums(batch, step=step).gradient for p in (varied, problem))))
+    assert max(errors) > 1e-4, f"{name} is declared and changes nothing: {one} and {other} have equal meta-gradients"
 
 
 def _check_that_theta_is_untouched(problem: Problem, batch: EpisodeBatch) -> None:
