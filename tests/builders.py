@@ -118,23 +118,23 @@ class Problem:
     ) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            module = algorithm.prepare(copy.deepcopy(module))
+            prepared = algorithm.prepare(copy.deepcopy(module))
         self.algorithm, self.module, self.spec = algorithm, module, spec
         embedding = algorithm.model_output == "embedding"
         self.network: Network = make_network(
-            module, spec, policy, embedding=embedding, inner_steps=algorithm.inner_steps
+            prepared, spec, policy, embedding=embedding, inner_steps=algorithm.inner_steps
         )
-        model_params = {name: value.detach() for name, value in module.named_parameters() if value.requires_grad}
+        model_params = {name: value.detach() for name, value in prepared.named_parameters() if value.requires_grad}
         meta = model_params | algorithm.extra_parameters(self.network, model_params)
         self.layout = Layout.of(meta)
         self.theta = self.layout.flatten(meta).to(dtype)
         self.statistics = self.network.statistics_layout.flatten(self.network.statistics).to(dtype)
 
-    def sums(self, batch: EpisodeBatch, *, strategy: str = "loop", compile: bool = False) -> Sums:
-        """Sums over all tasks of `batch`."""
+    def sums(self, batch: EpisodeBatch, *, strategy: str = "loop", compile: bool = False, step: int = 0) -> Sums:
+        """Sums over all tasks of `batch`, as tasks of an outer step."""
         tasks = batch.support.x.shape[0]
         compute = MetaGradient(self.algorithm, self.network, self.layout, strategy=strategy, compile=compile)
-        keys = [TaskKey(0, "train", 0, task) for task in range(tasks)]
+        keys = [TaskKey(0, "train", step, task) for task in range(tasks)]
         return compute.sum_chunk(self.theta, self.statistics, batch, np.ones(tasks, np.float32), keys)
 
     def objective(self, theta: Tensor, batch: EpisodeBatch) -> Tensor:

@@ -57,7 +57,7 @@ class GradientBased(Algorithm):
     """Rates as meta-parameters: one for all, one a tensor, one a tensor and inner step, or one a number."""
     checkpoint_inner_steps: bool = False
     """Keeps only the parameters after each inner step and computes its graph again when it is needed: less memory,
-    about a third more time, the same bits."""
+    more time, the same bits (for MAML; to rounding where one parameter enters several steps, as a learned rate)."""
 
     @model_validator(mode="after")
     def _refuse_what_has_no_effect(self) -> "GradientBased":

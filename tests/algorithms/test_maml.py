@@ -1,13 +1,13 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from metadist.algorithms import MAML
 from metadist.core.episode import Examples
 from metadist.core.meta_gradient import score_episodes
 from metadist.sections import EvaluationSettings
+from tests.algorithms.by_hand import adapted_by_hand, conv4_network, loss_of, meta_gradient_by_hand, tanh_network
 from tests.algorithms.contracts import GRADIENT_BASED, SAME_BITS, check_algorithm, curves, images, relative_error
 from tests.builders import Problem, Quadratic, random_episodes, regression, tiny_config
 
@@ -16,57 +16,6 @@ START, SUPPORT, QUERY = torch.tensor([[1.0, -2.0], [0.5, 3.0], [-1.0, 0.25]], dt
 
 def make(**changes):
     return MAML(**{"inner_lr": 0.1, "inner_steps": 3, **changes})
-
-
-def tanh_network(weights, x):
-    """The smooth network of the builders, from its weights alone."""
-    first, first_bias, second, second_bias, last, last_bias = weights
-    hidden = torch.tanh(torch.tanh(x @ first.T + first_bias) @ second.T + second_bias)
-    return hidden @ last.T + last_bias
-
-
-def conv4_network(weights, x):
-    """Conv-4 with max-pool and batch norm by the statistics of the set at hand, from its weights alone."""
-    *blocks, last, last_bias = weights
-    for kernel, bias, scale, shift in zip(*(blocks[start::4] for start in range(4)), strict=True):
-        x = F.conv2d(x, kernel, bias, padding=1)
-        mean = x.mean((0, 2, 3), keepdim=True)
-        variance = ((x - mean) ** 2).mean((0, 2, 3), keepdim=True)
-        x = (x - mean) / torch.sqrt(variance + 1e-5) * scale[:, None, None] + shift[:, None, None]
-        x = F.max_pool2d(torch.relu(x), 2)
-    return x.flatten(1) @ last.T + last_bias
-
-
-def loss_of(network, weights, examples):
-    outputs = network(weights, examples.x)
-    return (
-        F.mse_loss(outputs, examples.y) if outputs.shape == examples.y.shape else F.cross_entropy(outputs, examples.y)
-    )
-
-
-def adapted_by_hand(network, weights, support, inner_lr, inner_steps, *, create_graph):
-    for _ in range(inner_steps):
-        gradients = torch.autograd.grad(loss_of(network, weights, support), weights, create_graph=create_graph)
-        weights = [weight - inner_lr * gradient for weight, gradient in zip(weights, gradients, strict=True)]
-    return weights
-
-
-def meta_gradient_by_hand(network, problem, batch, *, second_order):
-    """Alg. 1 of the paper with torch.autograd alone, task by task."""
-    total = torch.zeros_like(problem.theta)
-    for support_x, support_y, query_x, query_y in zip(*batch.support, *batch.query, strict=True):
-        theta = [part.clone().requires_grad_() for part in problem.layout.unflatten(problem.theta).values()]
-        phi = adapted_by_hand(
-            network,
-            theta,
-            Examples(support_x, support_y),
-            problem.algorithm.inner_lr,
-            problem.algorithm.inner_steps,
-            create_graph=second_order,
-        )
-        loss = loss_of(network, phi, Examples(query_x, query_y))
-        total += torch.cat([part.flatten() for part in torch.autograd.grad(loss, theta)])
-    return total
 
 
 def quadratic(algorithm):
