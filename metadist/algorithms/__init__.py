@@ -1,9 +1,11 @@
 """Algorithms by the name that a config gives them."""
 
+from metadist.algorithms.anil import ANIL
 from metadist.algorithms.maml import MAML
 from metadist.algorithms.meta_curvature import MetaCurvature
 
 ALGORITHMS: dict[str, type] = {
+    "anil": ANIL,
     "maml": MAML,
     "meta_curvature": MetaCurvature,
 }
