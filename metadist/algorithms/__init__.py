@@ -1,11 +1,13 @@
 """Algorithms by the name that a config gives them."""
 
 from metadist.algorithms.anil import ANIL
+from metadist.algorithms.boil import BOIL
 from metadist.algorithms.maml import MAML
 from metadist.algorithms.meta_curvature import MetaCurvature
 
 ALGORITHMS: dict[str, type] = {
     "anil": ANIL,
+    "boil": BOIL,
     "maml": MAML,
     "meta_curvature": MetaCurvature,
 }
