@@ -4,10 +4,12 @@ from metadist.algorithms.anil import ANIL
 from metadist.algorithms.boil import BOIL
 from metadist.algorithms.maml import MAML
 from metadist.algorithms.meta_curvature import MetaCurvature
+from metadist.algorithms.meta_sgd import MetaSGD
 
 ALGORITHMS: dict[str, type] = {
     "anil": ANIL,
     "boil": BOIL,
     "maml": MAML,
     "meta_curvature": MetaCurvature,
+    "meta_sgd": MetaSGD,
 }
