@@ -3,6 +3,7 @@
 from metadist.algorithms.anil import ANIL
 from metadist.algorithms.boil import BOIL
 from metadist.algorithms.maml import MAML
+from metadist.algorithms.maml_plus_plus import MAMLPlusPlus
 from metadist.algorithms.meta_curvature import MetaCurvature
 from metadist.algorithms.meta_sgd import MetaSGD
 
@@ -10,6 +11,7 @@ ALGORITHMS: dict[str, type] = {
     "anil": ANIL,
     "boil": BOIL,
     "maml": MAML,
+    "maml_plus_plus": MAMLPlusPlus,
     "meta_curvature": MetaCurvature,
     "meta_sgd": MetaSGD,
 }
