@@ -2,6 +2,7 @@
 
 from metadist.algorithms.anil import ANIL
 from metadist.algorithms.boil import BOIL
+from metadist.algorithms.cavia import CAVIA
 from metadist.algorithms.maml import MAML
 from metadist.algorithms.maml_plus_plus import MAMLPlusPlus
 from metadist.algorithms.meta_curvature import MetaCurvature
@@ -10,6 +11,7 @@ from metadist.algorithms.meta_sgd import MetaSGD
 ALGORITHMS: dict[str, type] = {
     "anil": ANIL,
     "boil": BOIL,
+    "cavia": CAVIA,
     "maml": MAML,
     "maml_plus_plus": MAMLPlusPlus,
     "meta_curvature": MetaCurvature,
