@@ -7,6 +7,7 @@ from metadist.algorithms.maml import MAML
 from metadist.algorithms.maml_plus_plus import MAMLPlusPlus
 from metadist.algorithms.meta_curvature import MetaCurvature
 from metadist.algorithms.meta_sgd import MetaSGD
+from metadist.algorithms.proto_net import ProtoNet
 
 ALGORITHMS: dict[str, type] = {
     "anil": ANIL,
@@ -16,4 +17,5 @@ ALGORITHMS: dict[str, type] = {
     "maml_plus_plus": MAMLPlusPlus,
     "meta_curvature": MetaCurvature,
     "meta_sgd": MetaSGD,
+    "proto_net": ProtoNet,
 }
