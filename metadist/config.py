@@ -14,6 +14,7 @@ from metadist.config_errors import explain, unknown_key
 from metadist.config_file import Document, read_document
 from metadist.core.algorithm import Algorithm
 from metadist.core.outer import OuterSettings
+from metadist.core.settings import as_section
 from metadist.errors import ConfigError
 from metadist.extensions import algorithms, models, tasks
 from metadist.sections import (
@@ -108,7 +109,7 @@ def config_to_dict(config: Config) -> dict[str, Any]:
         value = getattr(config, section)
         names = [name for name, kind in known.items() if type(value) is kind]
         if names:
-            result[section] = {"name": names[0], **dataclasses.asdict(value)}
+            result[section] = {"name": names[0], **as_section(value)}
         else:
             result[section] = {"name": OWN_OBJECT, "class": type(value).__qualname__}
     for section in _FIXED_SECTIONS:

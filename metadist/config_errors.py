@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from metadist.config_file import Document
+from metadist.core.settings import keys_of
 
 
 def explain(document: Document, section: str, kind: type, error: ValidationError) -> list[str]:
@@ -20,6 +21,11 @@ def explain(document: Document, section: str, kind: type, error: ValidationError
         if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             valid = ["name"] * (section in ("task", "model", "algorithm")) + _fields_at(kind, path[1:-1])
             rules[path] = [unknown_key(document, path, valid)]
+        elif item["type"] == "value_error":
+            # A rule about several keys, whose text begins with the one to change.
+            name, _, rule = str(item["ctx"]["error"]).partition(" ")
+            key = _dotted((*path, name))
+            rules[path] = [f"{key} {document.placed(key, rule)}"]
         elif item["type"] == "missing":
             rules[path] = [f"{_dotted(path)} must be given{document.place(path[:-1])}. Add it."]
         else:
@@ -81,7 +87,7 @@ def _fields_at(kind: type, path: Sequence[str | int]) -> list[str]:
     for part in path:
         kinds = {f.name: f.type for f in dataclasses.fields(kind)}
         kind = kinds[str(part)]  # type: ignore[assignment]
-    return [f.name for f in dataclasses.fields(kind)]
+    return list(keys_of(kind).values())
 
 
 def unknown_key(document: Document, path: tuple[str | int, ...], valid: Sequence[str]) -> str:

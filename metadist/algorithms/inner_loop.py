@@ -62,9 +62,13 @@ class GradientBased(Algorithm):
     @model_validator(mode="after")
     def _refuse_what_has_no_effect(self) -> "GradientBased":
         if self.inner_momentum is not None and self.inner_optimizer not in USES_MOMENTUM:
-            raise ValueError(f"inner_momentum is for inner_optimizer: momentum or adam, not {self.inner_optimizer}")
+            raise ValueError(
+                f"inner_momentum is for inner_optimizer: momentum or adam, not {self.inner_optimizer}. Leave it out."
+            )
         if self.inner_decay is not None and self.inner_optimizer not in USES_SQUARES:
-            raise ValueError(f"inner_decay is for inner_optimizer: rmsprop or adam, not {self.inner_optimizer}")
+            raise ValueError(
+                f"inner_decay is for inner_optimizer: rmsprop or adam, not {self.inner_optimizer}. Leave it out."
+            )
         return self
 
     def extra_parameters(self, network: Network, initial: Params) -> Params:

@@ -50,9 +50,11 @@ class MAMLPlusPlus(GradientBased):
     @model_validator(mode="after")
     def _refuse_a_loss_without_steps(self) -> "MAMLPlusPlus":
         if self.inner_steps < 1:
-            raise ValueError("inner_steps must be >= 1: MAML++ weighs the losses after each inner step")
+            raise ValueError(
+                "inner_steps must be >= 1, since MAML++ weighs the losses after each inner step, got 0. Try 5."
+            )
         if self.order == "first" and self.second_order_from:
-            raise ValueError("second_order_from is for order: second; with order: first leave it out")
+            raise ValueError("second_order_from is for order: second. Leave one of them out.")
         return self
 
     def extra_parameters(self, network: Network, initial: Params) -> Params:

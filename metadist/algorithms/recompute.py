@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` of nested tuples and dicts of tensors, whose backward pass first runs it again.
 
-    `function` must be pure and must take every tensor that it uses as an argument. Sources: Griewank and
+    `function` must be pure and must take every tensor that it uses as an argument. May be differentiated once, as
+    meta-gradients are. Sources: Griewank and
     Walther 2000 (ACM TOMS 26:1); for inner loops, the checkpointing of every step as in Deleu et al. 2022.
     """
 
@@ -51,10 +52,13 @@ def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
                         every[number] = value
                     return plain(*every)
 
-                pull = torch.func.vjp(of_moving, *(tensors[number] for number in moving))[1]
                 gradients: list[Tensor | None] = [None] * len(tensors)
-                for number, gradient in zip(moving, pull(tuple(cotangents)), strict=True):
-                    gradients[number] = gradient
+                # torch.func.grad records the backward pass, too, for a derivative of it that nobody takes here:
+                # unrecorded, a step's graph is gone as soon as it has been passed.
+                with torch.no_grad():
+                    pull = torch.func.vjp(of_moving, *(tensors[number] for number in moving))[1]
+                    for number, gradient in zip(moving, pull(tuple(cotangents)), strict=True):
+                        gradients[number] = gradient
                 return tuple(gradients)
 
         results = Recomputed.apply(*flat)

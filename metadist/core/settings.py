@@ -1,5 +1,6 @@
 """The one way settings are declared: frozen, checked dataclasses, in a config file and in Python alike."""
 
+import dataclasses
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict
@@ -22,3 +23,16 @@ def settings(cls: type[T]) -> type[T]:
         config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, populate_by_name=True),
     )
     return make(cls)
+
+
+def keys_of(kind: type) -> dict[str, str]:
+    """The names of a settings class's fields, each with its key in a config where that is another."""
+    known = getattr(kind, "__pydantic_fields__", {})
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    return {name: getattr(known.get(name), "alias", None) or name for name in names}
+
+
+def as_section(value: Any) -> dict[str, Any]:
+    """Settings as the section of a config that makes them."""
+    plain = dataclasses.asdict(value)
+    return {key: plain[name] for name, key in keys_of(type(value)).items()}

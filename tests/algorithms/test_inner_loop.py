@@ -18,6 +18,8 @@ from tests.algorithms.contracts import (
     images,
     relative_error,
 )
+from tests.builders import Problem, classification, random_episodes, small_conv4
+from tests.memory import peak_bytes
 
 OPTIMIZERS = {
     "sgd": ({}, lambda weights: torch.optim.SGD(weights, lr=0.05)),
@@ -160,6 +162,21 @@ def test_recomputed_inner_steps_give_the_same_bits(strategy, settings):
         found, expected = (problem.sums(batch, strategy=strategy) for problem in (recomputed, plain))
         assert (found.gradient == expected.gradient).all()
         assert found.metrics[0] == expected.metrics[0]
+
+
+@pytest.mark.parametrize("downsample", ["max_pool", "stride"])
+def test_recomputed_inner_steps_need_a_third_of_the_memory(downsample):
+    # Ten steps of 5-way 1-shot with 15 queries. What is left: one step's graph, and that of the query set.
+    spec = classification((1, 28, 28), ways=5, shots=1, queries=15)
+    module = small_conv4(spec, filters=16, downsample=downsample)
+    batch = random_episodes(spec, 1, dtype=torch.float32)
+    peaks, gradients = {}, {}
+    for again in (False, True):
+        algorithm = make(inner_steps=10, checkpoint_inner_steps=again)
+        problem = Problem(algorithm, module, spec, dtype=torch.float32)
+        peaks[again] = peak_bytes(lambda again=again, problem=problem: gradients.update({again: problem.sums(batch)}))
+    assert peaks[True] < 0.4 * peaks[False]
+    assert (gradients[True].gradient == gradients[False].gradient).all()
 
 
 def test_recomputed_inner_steps_give_the_derivative_of_the_query_loss():
