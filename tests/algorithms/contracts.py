@@ -203,11 +203,12 @@ def _check_that_types_are_kept(problem: Problem, batch: EpisodeBatch) -> None:
     exact = problem.sums(batch)
     assert exact.gradient.dtype == np.float64
     single = Problem(problem.algorithm, problem.module, problem.spec, dtype=torch.float32)
-    rounded = single.sums(EpisodeBatch(*(Examples(part.x.float(), _like(part.y)) for part in batch)))
+    rounded = single.sums(EpisodeBatch(*(Examples(part.x.float(), in_float32(part.y)) for part in batch)))
     assert rounded.gradient.dtype == np.float32
     error = relative_error(rounded.gradient, exact.gradient)
     assert error < 1e-3, f"float32 and float64 differ by {error:.1e}"
 
 
-def _like(targets: torch.Tensor) -> torch.Tensor:
+def in_float32(targets: torch.Tensor) -> torch.Tensor:
+    """Targets in float32 where they are values."""
     return targets.float() if targets.is_floating_point() else targets

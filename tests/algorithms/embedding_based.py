@@ -14,7 +14,7 @@ from metadist.sections import EvaluationSettings, RunSettings, ScalingSettings, 
 from metadist.tasks import FewShot
 from metadist.tasks.class_pool import write_pool
 from metadist.training import Result
-from tests.algorithms.contracts import MakeProblem, points
+from tests.algorithms.contracts import MakeProblem, in_float32, points, relative_error
 from tests.builders import Problem
 from tests.distributed.test_same_bits import _random_images
 
@@ -45,6 +45,16 @@ def check_that_order_and_grouping_do_not_matter(algorithm: Algorithm, made: Make
     torch.testing.assert_close(predictions(problem, alone), expected[:1], rtol=1e-10, atol=1e-12)
     swapped = EpisodeBatch(Examples(batch.support.x.flip(1), batch.support.y), batch.query)
     assert not torch.allclose(predictions(problem, swapped), expected, rtol=1e-3), "the support's targets do not matter"
+
+
+def check_compiled(algorithm: Algorithm) -> None:
+    """Compiled equals eager, in float32."""
+    problem, batch = points(algorithm)
+    single = Problem(algorithm, problem.module, problem.spec, dtype=torch.float32)
+    batch = EpisodeBatch(*(Examples(part.x.float(), in_float32(part.y)) for part in batch))
+    compiled, eager = (single.sums(batch, compile=compile) for compile in (True, False))
+    assert relative_error(compiled.gradient, eager.gradient) < 1e-5
+    assert relative_error(compiled.metrics, eager.metrics) < 1e-5
 
 
 def unequal_ways(tmp_path: Path, algorithm: Algorithm, policy: str = "transductive") -> Config:

@@ -14,6 +14,7 @@ from metadist.sections import EvaluationSettings
 from metadist.tasks import Sinusoid
 from tests.algorithms.contracts import check_algorithm, curves, images, points
 from tests.algorithms.embedding_based import (
+    check_compiled,
     check_that_order_and_grouping_do_not_matter,
     embedded,
     fit,
@@ -73,6 +74,10 @@ def test_it_is_the_nearest_class_mean_of_the_embeddings(make_problem):
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
         nearest = torch.cdist(query, torch.stack([support[targets == way].mean(0) for way in range(3)])).argmin(1)
         assert torch.equal(found.argmax(1), nearest)
+
+
+def test_compiled_equals_eager():
+    check_compiled(ProtoNet())
 
 
 def test_order_of_the_support_set_does_not_matter():
