@@ -5,6 +5,7 @@ from metadist.algorithms.boil import BOIL
 from metadist.algorithms.cavia import CAVIA
 from metadist.algorithms.maml import MAML
 from metadist.algorithms.maml_plus_plus import MAMLPlusPlus
+from metadist.algorithms.matching_net import MatchingNet
 from metadist.algorithms.meta_curvature import MetaCurvature
 from metadist.algorithms.meta_sgd import MetaSGD
 from metadist.algorithms.proto_net import ProtoNet
@@ -15,6 +16,7 @@ ALGORITHMS: dict[str, type] = {
     "cavia": CAVIA,
     "maml": MAML,
     "maml_plus_plus": MAMLPlusPlus,
+    "matching_net": MatchingNet,
     "meta_curvature": MetaCurvature,
     "meta_sgd": MetaSGD,
     "proto_net": ProtoNet,
