@@ -9,6 +9,7 @@ from metadist.algorithms.matching_net import MatchingNet
 from metadist.algorithms.meta_curvature import MetaCurvature
 from metadist.algorithms.meta_sgd import MetaSGD
 from metadist.algorithms.proto_net import ProtoNet
+from metadist.algorithms.r2d2 import R2D2
 
 ALGORITHMS: dict[str, type] = {
     "anil": ANIL,
@@ -20,4 +21,5 @@ ALGORITHMS: dict[str, type] = {
     "meta_curvature": MetaCurvature,
     "meta_sgd": MetaSGD,
     "proto_net": ProtoNet,
+    "r2d2": R2D2,
 }
