@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from metadist.comparison import compare
     from metadist.config import Config, load_config
     from metadist.core.algorithm import Algorithm
     from metadist.core.episode import EpisodeBatch, EpisodeSpec, Examples
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from metadist.core.settings import settings
     from metadist.errors import MetadistError, UserError
     from metadist.evaluation import evaluate
+    from metadist.paired import Comparison
     from metadist.scores import Evaluation
     from metadist.sections import (
         CheckpointSettings,
@@ -26,11 +28,13 @@ if TYPE_CHECKING:
         ScalingSettings,
         TrainingSettings,
     )
+    from metadist.shots import evaluate_shots
     from metadist.training import MetaTrainer, Result
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "metadist.comparison": ("compare",),
     "metadist.config": ("Config", "load_config"),
     "metadist.core.algorithm": ("Algorithm",),
     "metadist.core.episode": ("EpisodeBatch", "EpisodeSpec", "Examples"),
@@ -39,6 +43,7 @@ _HOMES = {
     "metadist.core.settings": ("settings",),
     "metadist.errors": ("MetadistError", "UserError"),
     "metadist.evaluation": ("evaluate",),
+    "metadist.paired": ("Comparison",),
     "metadist.scores": ("Evaluation",),
     "metadist.sections": (
         "CheckpointSettings",
@@ -48,6 +53,7 @@ _HOMES = {
         "ScalingSettings",
         "TrainingSettings",
     ),
+    "metadist.shots": ("evaluate_shots",),
     "metadist.training": ("MetaTrainer", "Result"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -55,6 +61,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "Algorithm",
     "CheckpointSettings",
+    "Comparison",
     "Config",
     "EpisodeBatch",
     "EpisodeSpec",
@@ -71,7 +78,9 @@ __all__ = [
     "TaskKey",
     "TrainingSettings",
     "UserError",
+    "compare",
     "evaluate",
+    "evaluate_shots",
     "generator",
     "load_config",
     "settings",

@@ -62,7 +62,7 @@ def evaluate(
     episodes: int | None = None,
     seed: int | None = None,
     step: int | None = None,
-    num_workers: int | None = None,
+    num_workers: int | tuple[int, int] | None = None,
     address: str | None = None,
     config: Config | None = None,
     console: Console | None = None,
@@ -75,29 +75,61 @@ def evaluate(
     console = console or Console(stderr=True)
     directory = RunDirectory(run_dir)
     try:
-        config = config or load_run_config(directory)
-        scaling: dict[str, Any] = {}
-        if num_workers is not None:
-            scaling["num_workers"] = num_workers
-        if address is not None:
-            scaling["address"] = address
-        config = dataclasses.replace(config, scaling=dataclasses.replace(config.scaling, **scaling))
-        asked: dict[str, Any] = {"split": split, "episodes": episodes, "seed": seed}
-        settings = dataclasses.replace(config.evaluation, **{k: v for k, v in asked.items() if v is not None})
-        # Scores need no meta-gradient, so nothing is worth compiling.
-        experiment = dataclasses.replace(make_experiment(config), compile=False)
-        check_splits(experiment.source, settings.seed, [settings.split])
-        state = _load_state(directory, experiment, step, console)
-        executor = make_executor(config, experiment, console)
-        try:
-            executor.start(state, None, lambda: False)
-            evaluation = evaluate_with(executor, config, settings)
-        finally:
-            executor.close()
+        config = asked_of(config or load_run_config(directory), split, episodes, seed, num_workers, address)
+        experiment = experiment_to_score(config)
+        state = load_state(directory, experiment, step, console)
+        evaluation = score_state(config, experiment, state, console)
         save_evaluation(evaluation, directory, config, experiment, state)
         return evaluation
     finally:
         directory.close()
+
+
+def asked_of(
+    config: Config,
+    split: str | None,
+    episodes: int | None,
+    seed: int | None,
+    num_workers: int | tuple[int, int] | None,
+    address: str | None,
+) -> Config:
+    """A config with those settings of its evaluation and scaling that are not None."""
+    evaluation = {"split": split, "episodes": episodes, "seed": seed}
+    scaling = {"num_workers": num_workers, "address": address}
+
+    def given(asked: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in asked.items() if value is not None}
+
+    return dataclasses.replace(
+        config,
+        evaluation=dataclasses.replace(config.evaluation, **given(evaluation)),
+        scaling=dataclasses.replace(config.scaling, **given(scaling)),
+    )
+
+
+def experiment_to_score(config: Config) -> Experiment:
+    """The experiment of a config whose evaluation is about to be made. Raises UserError where that cannot be."""
+    # Scores need no meta-gradient, so nothing is worth compiling.
+    experiment = dataclasses.replace(make_experiment(config), compile=False)
+    check_splits(experiment.source, config.evaluation.seed, [config.evaluation.split])
+    return experiment
+
+
+def score_state(
+    config: Config,
+    experiment: Experiment,
+    state: LearnerState,
+    console: Console,
+    *,
+    own_policy_alone: bool = False,
+) -> Evaluation:
+    """Evaluates a checkpoint as `config.evaluation` says, on adapters of its own."""
+    executor = make_executor(config, experiment, console)
+    try:
+        executor.start(state, None, lambda: False)
+        return evaluate_with(executor, config, config.evaluation, own_policy_alone=own_policy_alone)
+    finally:
+        executor.close()
 
 
 def load_run_config(directory: RunDirectory) -> Config:
@@ -115,7 +147,8 @@ def load_run_config(directory: RunDirectory) -> Config:
     return config_from_document(parse_document(text, place))
 
 
-def _load_state(directory: RunDirectory, experiment: Experiment, step: int | None, console: Console) -> LearnerState:
+def load_state(directory: RunDirectory, experiment: Experiment, step: int | None, console: Console) -> LearnerState:
+    """The newest checkpoint's state, or that of `step`. Raises MetadistError where there is none."""
     checkpoints = Checkpoints(directory, experiment.theta, experiment.network.statistics_layout)
     saved = checkpoints.steps()
     if step is not None and step not in saved:

@@ -14,6 +14,7 @@ from metadist.core.keys import TaskKey
 from metadist.distributed.learner import LearnerState
 from metadist.experiment import Experiment, open_task
 from metadist.files import replacing
+from metadist.paired import Comparison
 from metadist.scores import NO_BATCH_NORM, Evaluation
 from metadist.tracking import read_metrics
 
@@ -88,21 +89,83 @@ def _scores_per_step(evaluation: Evaluation) -> "Figure":
         scale = 100 if evaluation.is_classification else 1
         mean = np.array([scale * score["mean"] for score in scores])
         half = np.array([scale * score["ci95"] for score in scores])
-        label = f"batch norm: {policy.batch_norm}"
         if evaluation.inner_steps == 0:
-            # A band has no width over a single step; beside each other the intervals can be told apart.
-            axis.errorbar([0.1 * place], mean, half, fmt="o", color=colour, label=label, markersize=4, capsize=3)
-            axis.set_xlim(-0.5, 0.5)
+            # A band has no width over a single step: the policies stand beside each other instead.
+            axis.errorbar([place], mean, half, fmt="o", color=colour, markersize=4, capsize=3)
             continue
+        label = f"batch norm: {policy.batch_norm}"
         axis.plot(steps, mean, "o-", color=colour, label=label, markersize=4)
         axis.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
-    axis.set_xlabel("inner steps")
     axis.set_ylabel("query accuracy, %" if evaluation.is_classification else "query loss")
     axis.set_title(f"{evaluation.episodes} {evaluation.split} episodes, 95 % intervals", loc="left")
+    if evaluation.inner_steps == 0:
+        axis.set_xlim(-0.5, len(evaluation.policies) - 0.5)
+        axis.set_xticks(range(len(evaluation.policies)), [policy.batch_norm for policy in evaluation.policies])
+        axis.set_xlabel("batch norm")
+        return figure
+    axis.set_xlabel("inner steps")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(evaluation.policies) > 1:
         axis.legend(frameon=False)
     return figure
+
+
+def draw_against_shots(evaluations: dict[int, Evaluation], directory: Path) -> Path:
+    """Draws the score after the last inner step against the number of shots."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    first = next(iter(evaluations.values()))
+    name = first.scores[-1]
+    scale = 100 if name == "accuracy" else 1
+    figure, (axis,) = _figure(1)
+    shots = list(evaluations)
+    for place, (policy, colour) in enumerate(zip(first.policies, (BLUE, ORANGE), strict=False)):
+        scores = [getattr(evaluation.policies[place], name)[-1] for evaluation in evaluations.values()]
+        mean, half = (np.array([scale * score[part] for score in scores]) for part in ("mean", "ci95"))
+        label = f"batch norm: {policy.batch_norm}"
+        beside = np.array(shots) * 1.02**place
+        axis.errorbar(beside, mean, half, fmt="o-", color=colour, label=label, markersize=4, capsize=3)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(FixedLocator(shots))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xticklabels([str(number) for number in shots])
+    axis.set_xlabel("shots")
+    axis.set_ylabel("query accuracy, %" if name == "accuracy" else "query loss")
+    axis.set_title(f"{first.episodes} {first.split} episodes, 95 % intervals", loc="left")
+    if len(first.policies) > 1:
+        axis.legend(frameon=False)
+    return _save(figure, picture_against_shots(name, directory))
+
+
+def draw_comparison(comparison: Comparison, path: Path) -> Path:
+    """Draws each run's score with its interval, and beside it the paired difference to the first."""
+    runs, is_accuracy = comparison.runs, comparison.score == "accuracy"
+    scale, unit = (100, "accuracy, %") if is_accuracy else (1, "query loss")
+    figure = _canvas(9.0, 1.4 + 0.4 * len(runs))
+    left, right = figure.subplots(1, 2, sharey=True)
+    _make_plain([left, right])
+    for row, run in enumerate(runs):
+        score, difference = comparison.score_of(run), comparison.difference(run)
+        for axis, shown, colour in (
+            (left, score, BLUE),
+            (right, difference, ORANGE if comparison.excludes_zero(run) else GREY),
+        ):
+            if axis is left or row:
+                axis.errorbar(scale * shown["mean"], row, xerr=scale * shown["ci95"], fmt="o", color=colour, capsize=3)
+    right.axvline(0, color=BLACK, linewidth=0.8)
+    left.set_yticks(range(len(runs)), [run.name for run in runs])
+    left.set_ylim(len(runs) - 0.5, -0.5)
+    first = runs[0].evaluation
+    left.set_title(f"{first.episodes} {first.split} episodes, 95 % intervals", loc="left", fontsize=10)
+    left.set_xlabel(unit)
+    right.set_title("paired; orange: the interval excludes 0", loc="left", fontsize=10)
+    right.set_xlabel(f"difference to {runs[0].name}{', percentage points' if is_accuracy else ''}")
+    return _save(figure, path)
+
+
+def picture_against_shots(score: str, directory: Path) -> Path:
+    """Where that picture lies."""
+    return directory / f"{score}_against_shots.png"
 
 
 def _reliability(evaluation: Evaluation) -> "Figure":

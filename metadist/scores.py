@@ -12,6 +12,9 @@ from metadist.core.calibration import Calibration
 Score = dict[str, float]
 """`{"mean": .., "ci95": ..}`."""
 
+NO_BATCH_NORM = "none"
+"""Stands for the policy of a model that has no batch norm."""
+
 
 def mean_and_interval(values: np.ndarray) -> Score:
     """Mean over episodes and the half width of its 95 % interval, 1.96 sigma / sqrt(n) as in the papers.
@@ -36,6 +39,11 @@ class PolicyScores:
     episode_loss: np.ndarray = field(repr=False, compare=False)
     """`[episodes, inner steps + 1]`, in the order of the episodes' keys; likewise the accuracy (NaN in regression)."""
     episode_accuracy: np.ndarray = field(repr=False, compare=False)
+
+    @property
+    def condition(self) -> str:
+        """What a column's header adds: ` (batch norm: support)`, nothing for a model without batch norm."""
+        return "" if self.batch_norm == NO_BATCH_NORM else f" (batch norm: {self.batch_norm})"
 
     @classmethod
     def of(cls, batch_norm: str, loss: np.ndarray, accuracy: np.ndarray, bins: np.ndarray) -> "PolicyScores":
@@ -111,7 +119,7 @@ class Evaluation:
         """One row an inner step (0, 1, 5, 10, .. and the last), one column a policy and score."""
         title = f"{self.episodes} {self.split} episodes, theta of step {self.step}; mean and 95 % interval"
         table = Table(title=title, title_justify="left")
-        table.add_column("inner steps", justify="right")
+        table.add_column("inner\nsteps", justify="right")
         shown = [
             n
             for n in range(self.inner_steps + 1)
@@ -119,10 +127,9 @@ class Evaluation:
         ]
         columns: list[list[str]] = []
         for policy in self.policies:
-            under = "" if policy.batch_norm == NO_BATCH_NORM else f" (batch norm: {policy.batch_norm})"
             for score in self.scores:
                 columns.append([written(getattr(policy, score)[number], score) for number in shown])
-                add_column(table, HEADERS[score] + under, columns[-1])
+                add_column(table, HEADERS[score] + policy.condition, columns[-1])
         for number, *cells in zip(shown, *columns, strict=True):
             table.add_row(str(number), *cells)
         errors = [
@@ -136,10 +143,6 @@ class Evaluation:
             table.caption = f"expected calibration error after {steps}: {', '.join(errors)}"
             table.caption_justify = "left"
         return table
-
-
-NO_BATCH_NORM = "none"
-"""Stands for the policy of a model that has no batch norm."""
 
 
 HEADERS = {"loss": "query loss", "accuracy": "accuracy, %"}
