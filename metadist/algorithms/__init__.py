@@ -3,6 +3,7 @@
 from metadist.algorithms.anil import ANIL
 from metadist.algorithms.boil import BOIL
 from metadist.algorithms.cavia import CAVIA
+from metadist.algorithms.imaml import IMAML
 from metadist.algorithms.maml import MAML
 from metadist.algorithms.maml_plus_plus import MAMLPlusPlus
 from metadist.algorithms.matching_net import MatchingNet
@@ -15,6 +16,7 @@ ALGORITHMS: dict[str, type] = {
     "anil": ANIL,
     "boil": BOIL,
     "cavia": CAVIA,
+    "imaml": IMAML,
     "maml": MAML,
     "maml_plus_plus": MAMLPlusPlus,
     "matching_net": MatchingNet,
