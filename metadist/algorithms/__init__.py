@@ -11,6 +11,7 @@ from metadist.algorithms.meta_curvature import MetaCurvature
 from metadist.algorithms.meta_sgd import MetaSGD
 from metadist.algorithms.proto_net import ProtoNet
 from metadist.algorithms.r2d2 import R2D2
+from metadist.algorithms.reptile import Reptile
 
 ALGORITHMS: dict[str, type] = {
     "anil": ANIL,
@@ -24,4 +25,5 @@ ALGORITHMS: dict[str, type] = {
     "meta_sgd": MetaSGD,
     "proto_net": ProtoNet,
     "r2d2": R2D2,
+    "reptile": Reptile,
 }
