@@ -253,6 +253,18 @@ def test_shots_evaluates_each_size_as_a_run_of_that_size_would_be(place: Place) 
     assert rows == ["1", "3"]
 
 
+def test_shots_of_a_task_without_them_and_of_training_episodes_with_their_own_are_refused(place: Place) -> None:
+    path = place.config("x", more=", train_shots: 1")
+    assert CliRunner().invoke(cli, ["train", path, "--no-evaluate"]).exit_code == 0
+    with pytest.raises(UserError, match=r"'train' have task.train_shots = 1 instead. Use --split val or test"):
+        metadist.evaluate_shots(place.run("x"), [1, 2], split="train")
+    config = dataclasses.replace(metadist.load_config(path), task=object())
+    with pytest.raises(UserError, match="task object has no setting `shots` that could be changed"):
+        metadist.evaluate_shots(place.run("x"), [1, 2], config=config)
+    with pytest.raises(UserError, match=r"at least 1, got \[0, 2\]"):
+        metadist.evaluate_shots(place.run("x"), [0, 2])
+
+
 def test_a_classifiers_evaluation_tells_its_calibration(place: Place) -> None:
     assert CliRunner().invoke(cli, ["train", place.config("x")]).exit_code == 0
     told = CliRunner().invoke(cli, ["evaluate", place.run("x")])

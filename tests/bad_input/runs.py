@@ -82,6 +82,15 @@ def other_files(place: Place) -> list[str]:
     return ["evaluate", "notes.txt", "--workers", "0"]
 
 
+def shots_above_a_class(place: Place) -> list[str]:
+    place.pool()
+    return trained_then(then=evaluate("--shots", "2,3"), config=FEW_SHOT)(place)
+
+
+def compare(*arguments: str) -> list[str]:
+    return ["compare", *arguments, "--workers", "0"]
+
+
 def on_cluster(*address: str) -> Prepare:
     return command("train", "bad.yaml", "--workers", "1", "--address", *address)
 
@@ -149,6 +158,53 @@ WRONG_COMMANDS: dict[str, tuple[Prepare, str]] = {
     ),
     "evaluating no episodes": (used_run(then=evaluate("--episodes", "0")), "--episodes ... 0 is not in the range x>=1"),
     "evaluating a seed too large": (used_run(then=evaluate("--seed", str(2**63))), f"--seed ... {2**63} is not in"),
+    "shots of 0": (used_run(then=evaluate("--shots", "0")), "--shots ... numbers of at least 1 ... got '0'. Such as"),
+    "shots that are no numbers": (
+        used_run(then=evaluate("--shots", "1,two")),
+        "--shots ... numbers of at least 1 with commas between, got '1,two'. Such as: 1,5,10",
+    ),
+    "shots of nothing": (used_run(then=evaluate("--shots", "")), "--shots ... numbers of at least 1 ... got ''"),
+    "shots above a class": (
+        shots_above_a_class,
+        "pool.parquet: class 'a' (train) has 3 examples, and task.shots + task.queries = 3 + 1 = 4 ... Lower them",
+    ),
+    "comparing nothing": (command(*compare()), "Missing argument 'CONFIG_OR_RUN...'"),
+    "comparing what is not there": (
+        command(*compare("bad.yaml", "nope.yaml")),
+        "nope.yaml: there is neither a config file nor a run directory. Give the path of a YAML file, or the",
+    ),
+    "comparing a directory that is no run": (
+        command(*compare("bad.yaml", ".")),
+        ". is no run directory: it holds no config.yaml. Give the directory",
+    ),
+    "comparing with a run without checkpoints": (
+        used_run(remove("checkpoints"), then=compare("bad.yaml", RUN)),
+        f"{RUN} holds no checkpoint yet. Train it further.",
+    ),
+    "comparing a config whose directory holds another run": (
+        used_run(then=compare(RUN, "bad.yaml", "--set", f"run.name={RUN[5:]}", "--set", "outer.lr=0.5")),
+        f"{RUN} holds a run of another config: outer.lr: 0.001 there, 0.5 here. Choose another",
+    ),
+    "comparing on other episodes": (
+        used_run(then=compare(RUN, "bad.yaml", "--set", "task.shots=4")),
+        f"bad.yaml has other episodes than {RUN} ... can be compared: task.shots: 3 there, 4 here. Make them equal",
+    ),
+    "comparing with a wrong key": (
+        used_run(then=compare(RUN, "bad.yaml", "--set", "task.shot=4")),
+        "task.shot ... (--set) ... shots",
+    ),
+    "comparing runs alone with --set": (
+        used_run(then=compare(RUN, RUN, "--set", "training.steps=3")),
+        "--set applies to config files, and none is given: run directories are taken as they are.",
+    ),
+    "comparing no episodes": (
+        used_run(then=compare(RUN, "--episodes", "0")),
+        "--episodes ... 0 is not in the range x>=1",
+    ),
+    "comparing into a file of another kind": (
+        used_run(then=compare(RUN, "--out", "compare.txt")),
+        "--out ... must be a file name ending in .json, got 'compare.txt'. Such as",
+    ),
     "address without a port": (on_cluster("127.0.0.1"), "scaling.address must be HOST:PORT ... got '127.0.0.1'"),
     "address of a dashboard": (
         on_cluster("http://127.0.0.1:8265"),
