@@ -12,6 +12,7 @@ from metadist.algorithms.meta_sgd import MetaSGD
 from metadist.algorithms.proto_net import ProtoNet
 from metadist.algorithms.r2d2 import R2D2
 from metadist.algorithms.reptile import Reptile
+from metadist.algorithms.transfer import Transfer
 
 ALGORITHMS: dict[str, type] = {
     "anil": ANIL,
@@ -26,4 +27,5 @@ ALGORITHMS: dict[str, type] = {
     "proto_net": ProtoNet,
     "r2d2": R2D2,
     "reptile": Reptile,
+    "transfer": Transfer,
 }

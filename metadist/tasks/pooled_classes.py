@@ -18,7 +18,7 @@ from metadist.tasks.few_shot import Count, FewShot, FewShotSource, Ways
 
 @settings
 class PooledClasses:
-    """Training as of an ordinary classifier (Chen et al. 2019, arXiv:1904.04232, sec. 3.2), tests as `few_shot`.
+    """Training as of an ordinary classifier (Chen et al. 2019, arXiv:1904.04232, sec. 3.1), tests as `few_shot`.
 
     A training "episode" has an empty support set, and its query set is a mini-batch: examples of the
     training split without replacement, labelled by class over all of it. Episodes of val and test are
