@@ -9,6 +9,7 @@ from metadist.algorithms.maml_plus_plus import MAMLPlusPlus
 from metadist.algorithms.matching_net import MatchingNet
 from metadist.algorithms.meta_curvature import MetaCurvature
 from metadist.algorithms.meta_sgd import MetaSGD
+from metadist.algorithms.nearest_centroid import NearestCentroid
 from metadist.algorithms.proto_net import ProtoNet
 from metadist.algorithms.r2d2 import R2D2
 from metadist.algorithms.reptile import Reptile
@@ -24,6 +25,7 @@ ALGORITHMS: dict[str, type] = {
     "matching_net": MatchingNet,
     "meta_curvature": MetaCurvature,
     "meta_sgd": MetaSGD,
+    "nearest_centroid": NearestCentroid,
     "proto_net": ProtoNet,
     "r2d2": R2D2,
     "reptile": Reptile,
