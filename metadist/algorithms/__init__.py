@@ -13,6 +13,7 @@ from metadist.algorithms.nearest_centroid import NearestCentroid
 from metadist.algorithms.proto_net import ProtoNet
 from metadist.algorithms.r2d2 import R2D2
 from metadist.algorithms.reptile import Reptile
+from metadist.algorithms.scratch import Scratch
 from metadist.algorithms.transfer import Transfer
 
 ALGORITHMS: dict[str, type] = {
@@ -29,5 +30,6 @@ ALGORITHMS: dict[str, type] = {
     "proto_net": ProtoNet,
     "r2d2": R2D2,
     "reptile": Reptile,
+    "scratch": Scratch,
     "transfer": Transfer,
 }
