@@ -28,7 +28,7 @@ def settings(cls: type[T]) -> type[T]:
 def keys_of(kind: type) -> dict[str, str]:
     """The names of a settings class's fields, each with its key in a config where that is another."""
     known = getattr(kind, "__pydantic_fields__", {})
-    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    names = [field.name for field in dataclasses.fields(kind)]
     return {name: getattr(known.get(name), "alias", None) or name for name in names}
 
 
