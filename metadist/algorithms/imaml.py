@@ -54,7 +54,7 @@ class IMAML(GradientBased):
         path = self._path(network, meta, support)
         solution, final = path[-1], network.at(self.inner_steps)
         adapted = self.adapted(network)
-        layout = Layout.of({name: meta[name] for name in adapted})
+        layout = Layout.of(self.start(network, meta))
 
         def query_loss(params: Params) -> tuple[Tensor, tuple[Tensor, Tensor]]:
             loss, outputs = self.query_loss(final, params, support, query)
@@ -83,7 +83,7 @@ class IMAML(GradientBased):
 
     def _path(self, network: Network, meta: Params, support: Examples) -> list[Params]:
         """As `adapt`, with the last parameters alone where nobody asks for those on the way."""
-        phi = {name: meta[name] for name in self.adapted(network)}
+        phi = self.start(network, meta)
         state = initial_state(self.inner_optimizer, phi)
         path = [meta | phi]
         for step in range(self.inner_steps):
