@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from metadist.config_errors import explain, unknown_key
 from metadist.config_file import Document, read_document
 from metadist.core.algorithm import Algorithm
-from metadist.core.outer import OuterSettings
+from metadist.core.outer import LENGTH_DEPENDENT, OuterSettings
 from metadist.core.settings import as_section
 from metadist.errors import ConfigError
 from metadist.extensions import algorithms, models, tasks
@@ -47,6 +47,11 @@ class Config:
     def inner_steps_at_test(self) -> int:
         at_test = self.evaluation.inner_steps
         return self.algorithm.inner_steps if at_test is None else at_test
+
+    @property
+    def recomputes_inner_steps(self) -> bool:
+        """Whether the algorithm computes inner steps again instead of keeping them."""
+        return bool(getattr(self.algorithm, "checkpoint_inner_steps", False))
 
     @property
     def run_directory(self) -> str:
@@ -137,7 +142,7 @@ def differences(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]
             before, now = saved[section].get(key), asked.get(section, {}).get(key)
             if before == now:
                 continue
-            if (section, key) == ("training", "steps") and asked["outer"]["schedule"] != "cosine":
+            if (section, key) == ("training", "steps") and asked["outer"]["schedule"] not in LENGTH_DEPENDENT:
                 continue
             found.append(f"{section}.{key}: {before!r} there, {now!r} here")
     threads = (saved["scaling"]["threads_per_worker"], asked["scaling"]["threads_per_worker"])
@@ -156,6 +161,21 @@ def impossible(config: Config) -> list[tuple[str, str]]:
                 "training.chunk_size",
                 f"must be at most training.meta_batch_size = {training.meta_batch_size},"
                 f" got {training.chunk_size}. Lower it.",
+            )
+        )
+    if config.recomputes_inner_steps and training.compile is True:
+        problems.append(
+            (
+                "training.compile",
+                "must be false or auto with algorithm.checkpoint_inner_steps, got True: the compiler itself decides what"
+                " is kept and what is computed again. Leave it out.",
+            )
+        )
+    if not config.algorithm.meta_learns and outer.weight_decay:
+        problems.append(
+            (
+                "outer.weight_decay",
+                f"must be 0 with an algorithm that leaves theta as it is, got {outer.weight_decay}. Leave it out.",
             )
         )
     if outer.optimizer != "sgd" and outer.momentum:

@@ -54,6 +54,16 @@ def make_experiment(config: Config) -> Experiment:
         )
     embedding = config.algorithm.model_output == "embedding"
     spec, train_spec = source.spec, spec_of(source, "train")
+    if config.algorithm.trains_on_episodes and not train_spec.support_size:
+        raise ConfigError(
+            f"algorithm {type(config.algorithm).__name__} adapts to training episodes, and this task's have no support"
+            " set. Use task.name: few_shot, or an algorithm that trains on mini-batches (transfer)."
+        )
+    if not config.algorithm.trains_on_episodes and train_spec.support_size:
+        raise ConfigError(
+            f"algorithm {type(config.algorithm).__name__} trains on mini-batches over all training classes, and the"
+            " task gives training episodes with a support set. Use task.name: pooled_classes."
+        )
     if spec.output_size != train_spec.output_size and not embedding:
         raise ConfigError(
             f"training episodes have {train_spec.output_size} ways and test episodes {spec.output_size}, but"
@@ -88,7 +98,7 @@ def make_experiment(config: Config) -> Experiment:
         run_seed=training.seed,
         chunk_size=training.tasks_per_chunk,
         strategy=_strategy(training.strategy, has_convolutions, device),
-        compile=_compiled(has_convolutions, device) if training.compile == "auto" else training.compile,
+        compile=_compiled(config, has_convolutions, device),
         device=device,
         threads=config.scaling.threads_per_worker,
     )
@@ -143,8 +153,12 @@ def cxx_compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 
-def _compiled(has_convolutions: bool, device: str) -> bool:
-    """The documented rule of `training.compile: auto`."""
+def _compiled(config: Config, has_convolutions: bool, device: str) -> bool:
+    """What `training.compile` says, or its documented rule for `auto`."""
+    if config.training.compile != "auto":
+        return config.training.compile
+    if config.recomputes_inner_steps:
+        return False
     return has_convolutions and (device == "cuda" or cxx_compiler() is not None)
 
 

@@ -31,7 +31,8 @@ class TrainingSettings:
     """`auto`: one by one for models with convolutions on a CPU, all tasks of a chunk at once otherwise."""
     compile: Literal["auto"] | bool = "auto"
     """`auto`: compiled for models with convolutions, whose runs are long enough to repay it, where a C++
-    compiler is there (on a GPU none is needed)."""
+    compiler is there (on a GPU none is needed); never with algorithm.checkpoint_inner_steps, since the compiler
+    itself decides what it keeps."""
 
     @property
     def tasks_per_chunk(self) -> int:

@@ -1,8 +1,8 @@
 """The inner loop that gradient-based algorithms share."""
 
+import fnmatch
 import re
 from collections.abc import Callable
-from fnmatch import translate
 from functools import partial
 from typing import Annotated, Literal
 
@@ -27,6 +27,9 @@ from metadist.errors import ModelError
 
 RATE = "inner_lr"
 """Meta-parameter of a learned rate: `inner_lr` where all share one, else `inner_lr/<parameter>`."""
+
+_pattern = torch.compiler.assume_constant_result(fnmatch.translate)
+"""A pattern as a regular expression. torch.compile cannot look into it, and needs to be told that it has no effects."""
 
 Step = Callable[[Params, Params, Params, Examples], tuple[Params, Params]]
 LearnedRates = Literal["no", "shared", "per_layer", "per_layer_per_step", "per_element"]
@@ -93,7 +96,7 @@ class GradientBased(Algorithm):
         }
         found: set[str] = set()
         for pattern in (self.adapts,) if isinstance(self.adapts, str) else self.adapts:
-            matches = groups.get(pattern) or [name for name in names if re.match(translate(pattern), name)]
+            matches = groups.get(pattern) or [name for name in names if re.match(_pattern(pattern), name)]
             if not matches:
                 raise ModelError(
                     f"algorithm.adapt: {pattern!r} matches no parameter of the model. Use head, body or a pattern"

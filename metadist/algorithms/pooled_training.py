@@ -29,14 +29,10 @@ class PooledTraining(Algorithm):
     """
 
     model_output: ClassVar[Literal["predictions", "embedding"]] = "embedding"
+    trains_on_episodes: ClassVar[bool] = False
 
     def extra_parameters(self, network: Network, initial: Params) -> Params:
         refuse_regression(self, network)
-        if 0 not in network.ways_by_support_size:
-            raise ModelError(
-                f"algorithm {type(self).__name__} trains on mini-batches over all training classes, and the task gives"
-                " training episodes with a support set. Use task.name: pooled_classes."
-            )
         random = torch.Generator().manual_seed(_seed_from(initial))
         bound = network.output_size**-0.5
         return {

@@ -1,6 +1,6 @@
 """Training from scratch on the support set: what meta-learning must beat."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -21,9 +21,11 @@ class Scratch(GradientBased):
     Inner loop:  phi_0 = theta;  phi_{k+1} = phi_k - inner_lr * Adam's direction
     Outer loop:  meta-gradient = 0 by definition, so that theta stays as it is
 
-    One outer step is enough, since all have the same metrics but for the tasks that they draw. Leave
-    `outer.weight_decay` at 0: it would shrink theta. A baseline of ours, after no paper.
+    One outer step is enough, since all have the same metrics but for the tasks that they draw. A baseline
+    of ours, after no paper.
     """
+
+    meta_learns: ClassVar[bool] = False
 
     inner_lr: Annotated[float, Field(gt=0)] = 0.001
     inner_steps: Annotated[int, Field(ge=0)] = 100

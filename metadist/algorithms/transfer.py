@@ -64,5 +64,14 @@ class Transfer(PooledTraining):
             path.append(meta | phi)
         return path
 
+    def losses_along(
+        self, network: Network, path: list[Params], support: Examples, query: Examples
+    ) -> list[tuple[Tensor, Tensor]]:
+        if self.fine_tune_body:
+            return super().losses_along(network, path, support, query)
+        embedded = network.outputs(path[0], query.x, reference=support.x)
+        every = [F.linear(embedded, phi[WEIGHT], phi[BIAS]) for phi in path]
+        return [(network.outer_loss_of(outputs, query.y), outputs) for outputs in every]
+
     def predict(self, network: Network, phi: Params, support: Examples, x: Tensor) -> Tensor:
         return F.linear(network.outputs(phi, x, reference=support.x), phi[WEIGHT], phi[BIAS])

@@ -37,6 +37,12 @@ class Algorithm(ABC):
     model_output: ClassVar[Literal["predictions", "embedding"]] = "predictions"
     """What the model is built to give: one output a way (or target), or an embedding that `predict` works on."""
 
+    meta_learns: ClassVar[bool] = True
+    """False where theta stays as the seed drew it."""
+
+    trains_on_episodes: ClassVar[bool] = True
+    """False where training tasks are plain mini-batches without a support set."""
+
     def prepare(self, module: nn.Module) -> nn.Module:
         """The model as the algorithm needs it: itself, unless layers are to be put around some of its own.
 
@@ -84,6 +90,12 @@ class Algorithm(ABC):
         """The adapted model's loss on a query set, a scalar, and its outputs there."""
         outputs = self.predict(network, phi, support, query.x)
         return network.outer_loss_of(outputs, query.y), outputs
+
+    def losses_along(
+        self, network: Network, path: list[Params], support: Examples, query: Examples
+    ) -> list[tuple[Tensor, Tensor]]:
+        """`query_loss` after each inner step, for evaluation; to be overridden where steps can share work."""
+        return [self.query_loss(network.at(step), phi, support, query) for step, phi in enumerate(path)]
 
     def objective(self, network: Network, meta: Params, support: Examples, query: Examples) -> tuple[Tensor, Outcome]:
         """What the outer loop minimises on one task, a scalar: the query loss after `inner_steps` steps."""

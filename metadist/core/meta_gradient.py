@@ -169,8 +169,8 @@ def score_episodes(
         losses, accuracies, sums = [], [], []
         for policy in policies:
             bound = network.bind(statistics, training=False, policy=policy)
-            for number, phi in enumerate(algorithm.adapt(bound, meta, support, inner_steps)):
-                loss, outputs = algorithm.query_loss(bound.at(number), phi, support, query)
+            path = algorithm.adapt(bound, meta, support, inner_steps)
+            for loss, outputs in algorithm.losses_along(bound, path, support, query):
                 losses.append(loss)
                 accuracies.append(bound.accuracy_of(outputs, query.y))
                 is_classification = bound.kind == "classification"

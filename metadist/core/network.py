@@ -250,7 +250,9 @@ def _check_outputs(network: Network, module: nn.Module, spec: EpisodeSpec, outpu
             continue
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                outputs = network.outputs(params, example, None if example is support else support)
+                # An empty support set (of plain mini-batches) has no statistics to normalise by.
+                reference = None if example is support or not len(support) else support
+                outputs = network.outputs(params, example, reference)
         except Exception as error:
             raise ModelError(
                 f"model {name} cannot take inputs of shape {list(example.shape)} that the task gives: {error}."

@@ -13,6 +13,9 @@ from metadist.errors import NonFiniteError
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 
+LENGTH_DEPENDENT = ("cosine", "linear")
+"""Schedules under which a run of other length has other rates in the steps that both have."""
+
 
 @settings
 class OuterSettings:
@@ -27,11 +30,11 @@ class OuterSettings:
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """SGD."""
     weight_decay: NonNegative = 0.0
-    schedule: Literal["constant", "cosine", "step"] = "constant"
+    schedule: Literal["constant", "cosine", "linear", "step"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the rate rises linearly to `lr`."""
     final_lr: NonNegative = 0.0
-    """Where `cosine` ends."""
+    """Where `cosine` and `linear` end."""
     decay_every: Annotated[int, Field(ge=1)] = 10_000
     """`step`: after so many steps the rate is multiplied by `decay_factor`."""
     decay_factor: Annotated[float, Field(gt=0, le=1)] = 0.5
@@ -45,10 +48,12 @@ class OuterSettings:
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
         done = step - self.warmup_steps
+        share = min(1.0, done / max(1, num_steps - self.warmup_steps))
         if self.schedule == "cosine":
             # Loshchilov & Hutter 2017 (arXiv:1608.03983), eq. 5, without restarts.
-            share = done / max(1, num_steps - self.warmup_steps)
-            return self.final_lr + (self.lr - self.final_lr) * (1 + math.cos(math.pi * min(1.0, share))) / 2
+            return self.final_lr + (self.lr - self.final_lr) * (1 + math.cos(math.pi * share)) / 2
+        if self.schedule == "linear":
+            return self.final_lr + (self.lr - self.final_lr) * (1 - share)
         if self.schedule == "step":
             return self.lr * self.decay_factor ** (done // self.decay_every)
         return self.lr
@@ -56,7 +61,7 @@ class OuterSettings:
     @property
     def schedule_depends_on_length(self) -> bool:
         """Whether a run of other length has other rates in the steps that both have."""
-        return self.schedule == "cosine"
+        return self.schedule in LENGTH_DEPENDENT
 
 
 class OuterLoop:

@@ -76,7 +76,7 @@ def test_inner_steps_at_test_and_episodes_with_nothing_to_adapt_to_are_refused(t
     with pytest.raises(ConfigError, match="is for algorithms with inner steps, got 2 with NearestCentroid"):
         dataclasses.replace(config, evaluation=EvaluationSettings(inner_steps=2))
     few_shot = dataclasses.replace(config, task=FewShot(pool=config.task.pool, ways=3, shots=1, queries=2))
-    with pytest.raises(ModelError, match=r"NearestCentroid trains on mini-batches .* Use task\.name: pooled_classes"):
+    with pytest.raises(ConfigError, match=r"NearestCentroid trains on mini-batches .* Use task\.name: pooled_classes"):
         make_experiment(few_shot)
     result = MetaTrainer(config).fit(evaluate=False)
     with pytest.raises(ModelError, match=r"evaluation\.split must be val or test"):

@@ -10,6 +10,8 @@ from pydantic import ValidationError
 from metadist.algorithms import Scratch
 from metadist.core.episode import Examples
 from metadist.core.meta_gradient import score_episodes
+from metadist.core.outer import OuterSettings
+from metadist.errors import ConfigError
 from metadist.experiment import make_experiment
 from metadist.training import MetaTrainer
 from tests.algorithms.contracts import (
@@ -117,6 +119,11 @@ def test_a_run_leaves_theta_as_the_seed_drew_it_to_the_bit(tmp_path, optimizer):
     assert result.step == 2
     assert result.theta_sha256 == sha256(make_experiment(config).initial_theta.tobytes()).hexdigest()
     assert result.evaluation.inner_steps == 4
+
+
+def test_weight_decay_which_would_move_theta_is_refused():
+    with pytest.raises(ConfigError, match=r"outer\.weight_decay must be 0 .* got 0\.1\. Leave it out"):
+        tiny_config(algorithm=Scratch(), outer=OuterSettings(weight_decay=0.1))
 
 
 def test_by_default_it_takes_a_hundred_steps_of_adam():

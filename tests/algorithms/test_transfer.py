@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import nn
 
-from metadist.algorithms import Transfer
+from metadist.algorithms import ALGORITHMS, Transfer
 from metadist.core.episode import Examples
 from metadist.core.meta_gradient import score_episodes
-from metadist.errors import ModelError
+from metadist.errors import ConfigError, ModelError
 from metadist.evaluation import evaluate
 from metadist.experiment import make_experiment
 from metadist.models import MLP
@@ -167,11 +167,18 @@ def test_the_training_head_has_one_output_a_training_class(tmp_path, rotate, cla
 def test_tasks_that_it_cannot_train_on_are_refused(tmp_path):
     config = tiny_run(tmp_path, make())
     few_shot = dataclasses.replace(config, task=FewShot(pool=config.task.pool, ways=3, shots=1, queries=2))
-    with pytest.raises(ModelError, match=r"Transfer trains on mini-batches .* Use task\.name: pooled_classes"):
+    with pytest.raises(ConfigError, match=r"Transfer trains on mini-batches .* Use task\.name: pooled_classes"):
         make_experiment(few_shot)
     curves = dataclasses.replace(config, task=Sinusoid(), model=MLP(hidden=(4,)))
-    with pytest.raises(ModelError, match="the task is one of regression"):
+    with pytest.raises(ConfigError, match=r"Transfer trains on mini-batches"):
         make_experiment(curves)
+
+
+@pytest.mark.parametrize("name", ["maml", "proto_net", "scratch"])
+def test_an_algorithm_that_adapts_in_training_is_refused_on_mini_batches(tmp_path, name):
+    config = dataclasses.replace(tiny_run(tmp_path, make()), algorithm=ALGORITHMS[name]())
+    with pytest.raises(ConfigError, match=r"adapts to training episodes.* Use task\.name: few_shot"):
+        make_experiment(config)
 
 
 def test_per_step_batch_norm_is_refused(tmp_path):

@@ -200,6 +200,22 @@ WRONG_CONFIGS: dict[str, tuple[Prepare, str]] = {
         setting("outer.momentum=0.9"),
         "outer.momentum is for outer.optimizer: sgd, got 0.9 with adam (--set) ... Use outer.betas or sgd.",
     ),
+    "compiled and recomputed": (
+        setting("algorithm.checkpoint_inner_steps=true", "training.compile=true"),
+        "training.compile must be false or auto with algorithm.checkpoint_inner_steps, got True (--set) ... Leave it out.",
+    ),
+    "momentum of plain inner steps": (
+        setting("algorithm.inner_momentum=0.9"),
+        "algorithm.inner_momentum is for inner_optimizer: momentum or adam, not sgd (--set) ... Leave it out.",
+    ),
+    "a pattern that matches nothing": (
+        setting("algorithm.adapt=haed"),
+        "algorithm.adapt: 'haed' matches no parameter of the model. Use head, body or a pattern of these names",
+    ),
+    "a misspelt alias": (
+        setting("algorithm.adpat=head"),
+        "algorithm.adpat is not a known key (--set). Did you mean algorithm.adapt?",
+    ),
     "warmup as long as the run": (
         setting("outer.warmup_steps=2"),
         "outer.warmup_steps must be below training.steps = 2, got 2 ... Lower it.",

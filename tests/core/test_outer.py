@@ -94,13 +94,19 @@ def test_the_cosine_schedule_has_its_closed_form():
     assert outer.schedule_depends_on_length
 
 
+def test_the_linear_schedule_falls_by_equal_parts():
+    outer = OuterSettings(schedule="linear", lr=0.5, final_lr=0.1)
+    assert [outer.lr_at(step, 4) for step in range(6)] == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1, 0.1], rel=1e-12)
+    assert outer.schedule_depends_on_length
+
+
 def test_the_step_schedule_multiplies_after_so_many_steps():
     outer = OuterSettings(schedule="step", lr=0.8, decay_every=3, decay_factor=0.25)
     # 0.8 (1/4)^floor(step / 3); powers of two, so exact.
     assert [outer.lr_at(step, 9) for step in range(9)] == [0.8] * 3 + [0.2] * 3 + [0.05] * 3
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine", "step"])
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear", "step"])
 def test_warm_up_rises_linearly_and_the_schedule_begins_after_it(schedule):
     outer = OuterSettings(schedule=schedule, lr=0.8, warmup_steps=4, decay_every=3, decay_factor=0.5)
     after = OuterSettings(schedule=schedule, lr=0.8, decay_every=3, decay_factor=0.5)

@@ -1,13 +1,18 @@
 """Every algorithm of the package: the same bits on adapters of Ray as in this process; its test; its config."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
+import torch
 
 from metadist.algorithms import ALGORITHMS
 from metadist.config import Config
+from metadist.core.episode import Examples
+from metadist.core.keys import TaskKey
+from metadist.core.meta_gradient import MetaGradient
 from metadist.core.outer import OuterSettings
 from metadist.core.plan import plan_step
 from metadist.distributed.in_process import InProcessExecutor
@@ -38,13 +43,13 @@ def adapters(local_ray: None) -> list:
     return [ray.remote(AdapterActor).options(num_cpus=0.1).remote() for _ in range(2)]
 
 
-def experiment_of(name: str, pool: Path) -> Experiment:
+def experiment_of(name: str, pool: Path, **settings: object) -> Experiment:
     task = "pooled_classes" if name in ON_POOLED_CLASSES else "few_shot"
     sizes = {"batch_size": 6} if task == "pooled_classes" else {}
     config = Config(
         task=TASKS[task](pool=str(pool), ways=3, shots=1, queries=2, **sizes),
         model=Conv4(filters=3, downsample="stride"),
-        algorithm=ALGORITHMS[name](**SETTINGS.get(name, {})),
+        algorithm=ALGORITHMS[name](**SETTINGS.get(name, {}), **settings),
         # Seven tasks in chunks of two: four chunks, the last of them short.
         training=TrainingSettings(meta_batch_size=7, chunk_size=2, batch_norm="transductive", compile=False),
         scaling=ScalingSettings(num_workers=0),
@@ -90,6 +95,22 @@ def test_every_algorithm_has_the_same_bits_with_0_1_and_2_adapters(name: str, po
         assert found.theta.tobytes() == alone.theta.tobytes()
         for part, value in alone.optimizer.items():
             assert found.optimizer[part].tobytes() == value.tobytes()
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_is_compiled_in_one_piece(name: str, pool: Path) -> None:
+    # Where torch.compile gives up in the middle of a function, what it makes is barely faster than eager.
+    few = {"inner_steps": 2} if "inner_steps" in ALGORITHMS[name].__dataclass_fields__ else {}
+    experiment = experiment_of(name, pool, **few)
+    compute = MetaGradient(experiment.algorithm, experiment.network, experiment.theta, strategy="loop", compile=False)
+    batch = experiment.source.sample([TaskKey(0, "train", 0, 0)])
+    support, query = (Examples(part.x[0], part.y[0]) for part in batch)
+    theta, statistics = torch.from_numpy(experiment.initial_theta), torch.from_numpy(experiment.initial_statistics)
+    function = partial(compute._task_gradient, experiment.algorithm.at_step(0))
+    arguments = (theta, statistics, experiment.algorithm.constants_at(0), support, query)
+    torch._dynamo.reset()
+    whole = torch.compile(function, backend="eager", fullgraph=True, dynamic=False)
+    torch.testing.assert_close(whole(*arguments)[0], function(*arguments)[0])
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
