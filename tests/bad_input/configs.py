@@ -202,7 +202,7 @@ WRONG_CONFIGS: dict[str, tuple[Prepare, str]] = {
     ),
     "compiled and recomputed": (
         setting("algorithm.checkpoint_inner_steps=true", "training.compile=true"),
-        "training.compile must be false or auto with algorithm.checkpoint_inner_steps, got True (--set) ... Leave it out.",
+        "training.compile must be false or auto with algorithm.checkpoint_inner_steps, got True ... Leave it out.",
     ),
     "momentum of plain inner steps": (
         setting("algorithm.inner_momentum=0.9"),
