@@ -114,7 +114,7 @@ WRONG_CONFIGS: dict[str, tuple[Prepare, str]] = {
     ),
     "missing section": (
         edited("model:\n  name: mlp\n  hidden: [4]\n", ""),
-        "model.name must be given: one of mlp, conv4 (bad.yaml) ... Add `model: {name: mlp}`.",
+        "model.name must be given: one of mlp, conv4, resnet12 (bad.yaml) ... Add `model: {name: mlp}`.",
     ),
     "missing pool": (
         edited("name: sinusoid\n  shots: 3\n  queries: 3", "name: few_shot"),
