@@ -167,8 +167,8 @@ def impossible(config: Config) -> list[tuple[str, str]]:
         problems.append(
             (
                 "training.compile",
-                "must be false or auto with algorithm.checkpoint_inner_steps, got True: the compiler itself decides what"
-                " is kept and what is computed again. Leave it out.",
+                "must be false or auto with algorithm.checkpoint_inner_steps, got True: the compiler itself decides"
+                " what is kept and what is computed again. Leave it out.",
             )
         )
     if not config.algorithm.meta_learns and outer.weight_decay:

@@ -44,7 +44,7 @@ class EmbeddingBased(Algorithm):
 def memberships(network: Network, support: Examples, like: Tensor) -> Tensor:
     """One-hot targets `[examples, ways]`, of the dtype of `like`."""
     # A comparison instead of torch's one_hot, which looks at the values and so cannot be batched.
-    return (support.y[:, None] == torch.arange(network.ways(support), device=support.y.device)).to(like.dtype)
+    return (support.y[:, None] == torch.arange(network.ways, device=support.y.device)).to(like.dtype)
 
 
 def refuse_regression(algorithm: Algorithm, network: Network) -> None:

@@ -36,8 +36,8 @@ class PooledTraining(Algorithm):
         random = torch.Generator().manual_seed(_seed_from(initial))
         bound = network.output_size**-0.5
         return {
-            WEIGHT: torch.empty(network.num_classes, network.output_size).uniform_(-bound, bound, generator=random),
-            BIAS: torch.empty(network.num_classes).uniform_(-bound, bound, generator=random),
+            WEIGHT: torch.empty(network.train_ways, network.output_size).uniform_(-bound, bound, generator=random),
+            BIAS: torch.empty(network.train_ways).uniform_(-bound, bound, generator=random),
         }
 
     def objective(self, network: Network, meta: Params, support: Examples, query: Examples) -> tuple[Tensor, Outcome]:

@@ -46,8 +46,8 @@ class Transfer(PooledTraining):
         self.refuse_empty(network, support)
         like = next(iter(meta.values()))
         phi = {
-            WEIGHT: like.new_zeros(network.ways(support), network.output_size),
-            BIAS: like.new_zeros(network.ways(support)),
+            WEIGHT: like.new_zeros(network.ways, network.output_size),
+            BIAS: like.new_zeros(network.ways),
         }
         if self.fine_tune_body:
             phi |= {name: meta[name] for name in network.parameters.shapes}

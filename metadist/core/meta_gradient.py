@@ -161,14 +161,18 @@ def score_episodes(
     inner_steps: int,
     policies: list[BatchNormPolicy],
     strategy: Strategy,
+    ways: int | None = None,
 ) -> EpisodeScores:
-    """Adapts to each support set and scores the query set after 0, 1, .., `inner_steps` steps, under each policy."""
+    """Adapts to each support set and scores the query set after 0, 1, .., `inner_steps` steps, under each policy.
+
+    `ways` is for episodes that have other ways than those of the spec.
+    """
     meta = theta.unflatten(vector)
 
     def score(support: Examples, query: Examples) -> tuple[Tensor, ...]:
         losses, accuracies, sums = [], [], []
         for policy in policies:
-            bound = network.bind(statistics, training=False, policy=policy)
+            bound = network.bind(statistics, training=False, policy=policy, test_ways=ways)
             path = algorithm.adapt(bound, meta, support, inner_steps)
             for loss, outputs in algorithm.losses_along(bound, path, support, query):
                 losses.append(loss)

@@ -40,10 +40,10 @@ class Network:
     """The module's other buffers (a positional encoding, say), and its parameters with `requires_grad=False`."""
     output_size: int
     """Ways, target dimensions, or the size of the embedding."""
-    num_classes: int
+    train_ways: int
     """Classes that training episodes tell apart; target dimensions in regression."""
-    ways_by_support_size: dict[int, int]
-    """Classes that episodes tell apart in evaluation, by the size of their support set."""
+    test_ways: int
+    """Those of evaluation episodes."""
     is_random: bool = False
     """Whether some layer draws random numbers while training."""
     label_smoothing: float = 0.0
@@ -65,9 +65,10 @@ class Network:
         """This network for parameters after so many inner steps; only the policy `per_step` makes a difference."""
         return dataclasses.replace(self, inner_step=inner_step) if self.policy == "per_step" else self
 
-    def ways(self, support: Examples) -> int:
-        """Classes that this support set's episode tells apart: known from its size, before its targets are."""
-        return self.num_classes if self.training else self.ways_by_support_size[support.x.shape[0]]
+    @property
+    def ways(self) -> int:
+        """Classes that the episodes at hand tell apart."""
+        return self.train_ways if self.training else self.test_ways
 
     def outputs(self, params: Params, x: Tensor, reference: Tensor | None = None) -> Tensor:
         """Predictions `[examples, output_size]` (logits in classification) for `x: [examples, *input_shape]`.
@@ -144,10 +145,18 @@ class Network:
                 layer.recorded = None
         return recorded
 
-    def bind(self, statistics: Tensor, *, training: bool, policy: BatchNormPolicy | None = None) -> "Network":
+    def bind(
+        self,
+        statistics: Tensor,
+        *,
+        training: bool,
+        policy: BatchNormPolicy | None = None,
+        test_ways: int | None = None,
+    ) -> "Network":
         """This network with given running statistics, flat `[statistics]`, for training or for evaluation.
 
-        Its constants move to where the statistics are.
+        Its constants move to where the statistics are. `test_ways` is for episodes that have other ways than those
+        of the spec.
         """
         return dataclasses.replace(
             self,
@@ -155,6 +164,7 @@ class Network:
             constants={name: value.to(statistics.device) for name, value in self.constants.items()},
             training=training,
             policy=policy or self.policy,
+            test_ways=test_ways or self.test_ways,
         )
 
 
@@ -204,8 +214,8 @@ def make_network(
             if not tensor.requires_grad and (isinstance(tensor, nn.Parameter) or name.rpartition(".")[0] not in norms)
         },
         output_size=spec.output_size,
-        num_classes=train_spec.output_size,
-        ways_by_support_size={part.support_size: part.output_size for part in (train_spec, spec)},
+        train_ways=train_spec.output_size,
+        test_ways=spec.output_size,
         is_random=any(map(_is_random, module.modules())),
         label_smoothing=label_smoothing,
     )

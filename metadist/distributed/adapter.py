@@ -103,6 +103,8 @@ class Adapter:
                 inner_steps=inner_steps,
                 policies=policies,
                 strategy=self.experiment.strategy,
+                # Episodes of the training split may have other ways than those of the spec.
+                ways=spec_of(self.experiment.source, plan.split).output_size,
             )
             kept = int(plan.weights(chunk).sum())
             parts.append(EpisodeScores(*(part[:, :kept] for part in scores)))

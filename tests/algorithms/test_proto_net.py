@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -113,11 +114,19 @@ def test_ways_may_differ_between_training_and_test(tmp_path, policy):
 
 def test_the_ways_of_an_episode_follow_the_split(tmp_path):
     experiment = make_experiment(unequal_ways(tmp_path, ProtoNet()))
-    train, test = (Examples(torch.zeros(size, 1), torch.zeros(size)) for size in (5, 6))
     network = experiment.network
-    assert network.ways(train) == 5
-    at_test = network.bind(torch.zeros(0), training=False)
-    assert (at_test.ways(train), at_test.ways(test)) == (5, 3)
+    assert network.ways == 5
+    assert network.bind(torch.zeros(0), training=False).ways == 3
+    assert network.bind(torch.zeros(0), training=False, test_ways=5).ways == 5
+
+
+def test_episodes_of_other_ways_are_told_apart_where_their_support_sets_have_equal_sizes(tmp_path):
+    # 6 ways of 1 shot in training, 3 ways of 2 shots at test: with 3 outputs, classes 3 to 5 could not be scored.
+    config = unequal_ways(tmp_path, ProtoNet())
+    config = dataclasses.replace(config, task=dataclasses.replace(config.task, train_ways=6))
+    result = fit(config)
+    on_train = evaluate(result.run_dir, split="train", num_workers=0)
+    assert math.isfinite(on_train.policies[0].loss[-1]["mean"])
 
 
 def test_unequal_ways_are_refused_for_algorithms_with_one_output_a_way(tmp_path):
