@@ -1,5 +1,4 @@
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,8 +24,6 @@ from tests.algorithms.pooled import (
     training_images,
     training_points,
 )
-from tests.distributed.conftest import local_ray, ray_home  # noqa: F401
-from tests.distributed.test_same_bits import bits, fit
 
 
 def make(**changes):
@@ -211,9 +208,3 @@ def test_scoring_on_training_mini_batches_is_refused(tmp_path):
     result = MetaTrainer(tiny_run(tmp_path, make())).fit(evaluate=False)
     with pytest.raises(ModelError, match=r"evaluation\.split must be val or test with task\.name: pooled_classes"):
         evaluate(result.run_dir, split="train", num_workers=0)
-
-
-@pytest.mark.ray
-def test_two_adapters_give_the_bits_of_the_process_alone(local_ray: None, tmp_path: Path) -> None:  # noqa: F811
-    config = tiny_run(tmp_path, make(fine_tune_body=True))
-    assert bits(fit(config, 2, "with_2")) == bits(fit(config, 0, "alone"))
