@@ -16,8 +16,8 @@ def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` of nested tuples and dicts of tensors, whose backward pass first runs it again.
 
     `function` must be pure and must take every tensor that it uses as an argument. May be differentiated once, as
-    meta-gradients are. Sources: Griewank and
-    Walther 2000 (ACM TOMS 26:1); for inner loops, the checkpointing of every step as in Deleu et al. 2022.
+    meta-gradients are. Source: Griewank and
+    Walther 2000 (ACM TOMS 26:1), with a checkpoint at every step.
     """
 
     def call(*arguments: Any) -> Any:
