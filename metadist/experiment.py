@@ -13,6 +13,7 @@ from torch import nn
 from metadist.config import Config
 from metadist.core.algorithm import Algorithm
 from metadist.core.batch_norm import batch_norms
+from metadist.core.convolution import with_patch_convolutions
 from metadist.core.keys import TaskKey
 from metadist.core.meta_gradient import Strategy
 from metadist.core.network import Network, make_network
@@ -70,6 +71,11 @@ def make_experiment(config: Config) -> Experiment:
             f" {type(config.algorithm).__name__} trains one output a way. Leave task.train_ways out, or use an"
             " algorithm that works on embeddings (proto_net)."
         )
+    has_convolutions = any(isinstance(layer, nn.modules.conv._ConvNd) for layer in module.modules())
+    device = "cuda" if config.scaling.use_gpu else "cpu"
+    strategy = _strategy(training.strategy, has_convolutions, device)
+    if strategy == "loop" and device == "cpu":
+        module = with_patch_convolutions(module)
     network = make_network(
         module,
         spec,
@@ -86,8 +92,6 @@ def make_experiment(config: Config) -> Experiment:
     if taken:
         raise ModelError(f"algorithm and model both have a parameter {taken[0]!r}. Rename the algorithm's.")
     theta = Layout.of(model_params | extra)
-    has_convolutions = any(isinstance(layer, nn.modules.conv._ConvNd) for layer in module.modules())
-    device = "cuda" if config.scaling.use_gpu else "cpu"
     return Experiment(
         source=source,
         algorithm=config.algorithm,
@@ -97,7 +101,7 @@ def make_experiment(config: Config) -> Experiment:
         initial_statistics=network.statistics_layout.flatten(network.statistics).numpy(),
         run_seed=training.seed,
         chunk_size=training.tasks_per_chunk,
-        strategy=_strategy(training.strategy, has_convolutions, device),
+        strategy=strategy,
         compile=_compiled(config, has_convolutions, device),
         device=device,
         threads=config.scaling.threads_per_worker,

@@ -28,7 +28,8 @@ class TrainingSettings:
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Of the outer loop's cross entropy (Szegedy et al. 2016, arXiv:1512.00567, sec. 7); evaluation has none."""
     strategy: Literal["auto", "vmap", "loop"] = "auto"
-    """`auto`: one by one for models with convolutions on a CPU, all tasks of a chunk at once otherwise."""
+    """`auto`: one by one for models with convolutions on a CPU, all tasks of a chunk at once otherwise. One by one on a
+    CPU, plain two-dimensional convolutions are matrix products over patches (`metadist/core/convolution.py`)."""
     compile: Literal["auto"] | bool = "auto"
     """`auto`: compiled for models with convolutions, whose runs are long enough to repay it, where a C++
     compiler is there (on a GPU none is needed); never with algorithm.checkpoint_inner_steps, since the compiler

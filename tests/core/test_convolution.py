@@ -1,0 +1,123 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad
+
+from metadist.core import convolution
+from metadist.core.convolution import PatchConv2d, with_patch_convolutions
+from metadist.experiment import make_experiment
+from metadist.models import Conv4
+from metadist.sections import TrainingSettings
+from tests.builders import classification, random_episodes, tiny_config
+
+# Kernel, stride and padding: those of Conv-4, and some that tell height from width.
+GEOMETRIES = [((3, 3), 1, 1), ((3, 3), 2, 1), ((3, 2), (2, 1), (0, 2)), ((1, 1), 1, 0), ((1, 1), 2, 0)]
+
+
+@pytest.fixture(params=["patches", "onednn and blocks"])
+def route(request, monkeypatch):
+    if request.param != "patches":
+        # Two images of the smallest geometry fit; so weights are summed over blocks, the last of which is shorter.
+        monkeypatch.setattr(convolution, "BLOCK_BYTES", 2048)
+        monkeypatch.setattr(convolution, "FEW_CHANNELS", 0)
+
+
+def pair(kernel, stride, padding, bias=True):
+    torch.manual_seed(0)
+    plain = nn.Conv2d(5, 4, kernel, stride, padding, bias=bias).double()
+    return plain, with_patch_convolutions(copy.deepcopy(plain))
+
+
+def both_orders(layer, x, params):
+    """First- and second-order gradients by images and parameters, none of whose terms vanishes."""
+
+    def first(x, params):
+        return grad(lambda x, params: (functional_call(layer, params, (x,)) ** 3).sum(), argnums=(0, 1))(x, params)
+
+    def squares(x, params):
+        by_x, by_params = first(x, params)
+        return (by_x**2).sum() + sum((value**2).sum() for value in by_params.values())
+
+    return first(x, params), grad(squares, argnums=(0, 1))(x, params)
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), GEOMETRIES)
+@pytest.mark.usefixtures("route")
+def test_values_and_gradients_of_both_orders_are_those_of_torch(kernel, stride, padding):
+    plain, patches = pair(kernel, stride, padding)
+    assert type(patches) is PatchConv2d
+    x = torch.randn(5, 5, 7, 6, dtype=torch.float64)
+    params = {name: value.detach() for name, value in plain.named_parameters()}
+    torch.testing.assert_close(patches(x), plain(x))
+    torch.testing.assert_close(both_orders(patches, x, params), both_orders(plain, x, params))
+
+
+def test_a_third_derivative_is_that_of_torch():
+    plain, patches = pair((3, 3), 2, 1, bias=False)
+    x, w = torch.randn(2, 5, 5, 5, dtype=torch.float64), plain.weight.detach()
+
+    def third(layer):
+        function = lambda w: (functional_call(layer, {"weight": w}, (x,)) ** 4).sum()  # noqa: E731
+        for _ in range(2):
+            function = lambda w, inner=function: (grad(inner)(w) ** 2).sum()  # noqa: E731
+        return grad(function)(w)
+
+    torch.testing.assert_close(third(patches), third(plain), rtol=1e-10, atol=0)
+
+
+def test_calls_of_other_sizes_between_change_nothing():
+    # Patches lie in memory that is used again; its border must stay zero and its pixels must be those of this call.
+    _, patches = pair((3, 3), 1, 1)
+    x, other = torch.randn(2, 3, 5, 7, 7, dtype=torch.float64)
+    before = patches(x)
+    kept = before.clone()
+    patches(other)
+    patches(other[:2])
+    assert torch.equal(before, kept)
+    assert torch.equal(patches(x), kept)
+
+
+def test_memory_made_in_inference_mode_serves_outside_of_it():
+    plain, patches = pair((3, 3), 1, 1)
+    x = torch.randn(11, 5, 4, 3, dtype=torch.float64)
+    with torch.inference_mode():
+        patches(x)
+    torch.testing.assert_close(patches(x), plain(x))
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 4, 3, groups=2),
+        nn.Conv2d(4, 4, 3, dilation=2),
+        nn.Conv2d(4, 4, 3, padding="same"),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+        nn.Conv1d(4, 4, 3),
+        Doubled(4, 4, 3),
+    ],
+)
+def test_convolutions_that_are_not_plain_stay_as_they_are(layer):
+    module = with_patch_convolutions(nn.Sequential(layer))
+    assert type(module[0]) is type(layer)
+
+
+class Images:
+    spec = classification((1, 16, 16), ways=3, shots=1, queries=2)
+
+    def sample(self, keys):
+        return random_episodes(self.spec, len(keys), seed=keys[0].task, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("strategy", "expected"), [("auto", PatchConv2d), ("loop", PatchConv2d), ("vmap", nn.Conv2d)])
+def test_an_experiment_uses_them_where_tasks_are_adapted_one_by_one(strategy, expected):
+    training = TrainingSettings(batch_norm="transductive", strategy=strategy, compile=False)
+    experiment = make_experiment(tiny_config(model=Conv4(filters=4), training=training, task=Images()))
+    layers = experiment.network.skeletons["own", True].modules()
+    assert [type(layer) for layer in layers if isinstance(layer, nn.Conv2d)] == [expected] * 4
