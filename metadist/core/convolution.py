@@ -266,6 +266,9 @@ class PatchConv2d(nn.Conv2d):
     """`nn.Conv2d` with another way of computing the same: parameters, shapes and results are those of its base."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[images, channels, height, width]`; a single image without the first axis goes the way of the base."""
+        if x.dim() != 4 or not len(x):
+            return super().forward(x)
         y = convolve(x.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1), list(self.stride), list(self.padding))
         y = y.permute(0, 3, 1, 2)
         return y if self.bias is None else y + self.bias.view(-1, 1, 1)

@@ -93,6 +93,13 @@ def test_memory_made_in_inference_mode_serves_outside_of_it():
     torch.testing.assert_close(patches(x), plain(x))
 
 
+@pytest.mark.parametrize("shape", [(5, 7, 6), (0, 5, 7, 6)])
+def test_a_single_image_and_no_image_are_taken_as_torch_takes_them(shape):
+    plain, patches = pair((3, 3), 2, 1)
+    x = torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(patches(x), plain(x))
+
+
 class Doubled(nn.Conv2d):
     def forward(self, x):
         return 2 * super().forward(x)
