@@ -6,13 +6,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test check clean
+.PHONY: train test test-on-ray test-without-ray check clean
 
 train: $(INSTALLED)
 	$(BIN)/metadist train configs/sinusoid_maml.yaml
 
+# The tests that start a Ray mostly wait, the others mostly compute: side by side they share two cores well.
 test: check
-	$(BIN)/python -m pytest
+	$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target test-on-ray test-without-ray
+
+test-on-ray: $(INSTALLED)
+	$(BIN)/python -m pytest -m ray
+
+test-without-ray: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not ray"
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
