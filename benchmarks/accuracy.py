@@ -1,14 +1,15 @@
 """Every algorithm at one same budget of outer steps, beside its paper's figure: `python -m benchmarks.accuracy`.
 
 Each run is `metadist train` on the algorithm's own config with other `training.steps`, in a process of its own with
-one thread; as many run side by side as `--parallel` says. All are evaluated on the same test episodes. A run that is
-there already is not made again: its directory lies below `--out`.
+one thread; as many run side by side as `--parallel` says. All are evaluated on the same test episodes. Of a finished
+run a record is kept in `benchmarks/accuracy/`, and what has one is not made again.
 """
 
 import json
 import math
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,32 +74,49 @@ def config_of(case: Case) -> Path:
     return ROOT / "configs" / f"{case.config}.yaml"
 
 
-def run(case: Case, steps: int, seed: int, episodes: int, out: Path) -> dict[str, Any]:
-    """Trains and evaluates one case; gives what `metadist train --json` printed, and the validation curve."""
+def record_of(case: Case, steps: int, seed: int, kept: Path) -> Path:
+    return kept / f"{case.config}_{1 if case.evaluation_only else steps}_steps_seed_{seed}.json"
+
+
+def run(case: Case, steps: int, seed: int, episodes: int, kept: Path, runs: Path) -> None:
+    """Trains and evaluates one case, unless its record is kept already."""
     steps = 1 if case.evaluation_only else steps
-    name = f"{case.config}_{steps}_steps_seed_{seed}"
-    result = out / f"{name}.json"
-    if not result.exists():
-        every = max(1, steps // 4)
-        settings = [f"training.steps={steps}", f"training.seed={seed}", f"evaluation.episodes={episodes}"]
-        settings += [f"evaluation.every={every}", "evaluation.val_episodes=200", *case.changes]
-        settings = [setting.format(a_tenth_of_the_steps=max(1, steps // 10)) for setting in settings]
-        command = [sys.executable, "-m", "metadist", "train", str(config_of(case)), "--workers", "0", "--json"]
-        command += ["--run-dir", str(out / name), *(part for s in settings for part in ("--set", s))]
-        with (out / f"{name}.log").open("w") as log:
-            finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT, check=False)
-        if finished.returncode:
-            raise click.ClickException(f"{' '.join(command)} ended with status {finished.returncode}: see {log.name}")
-        result.write_text(finished.stdout)
-    found: dict[str, Any] = json.loads(result.read_text())
-    lines = map(json.loads, (out / name / "metrics.jsonl").read_text().splitlines())
-    found["curve"] = [(line["step"], line["val_accuracy"]) for line in lines if "val_accuracy" in line]
-    return found
+    record = record_of(case, steps, seed, kept)
+    name = record.stem
+    settings = [f"training.steps={steps}", f"training.seed={seed}", f"evaluation.episodes={episodes}"]
+    settings += [f"evaluation.every={max(1, steps // 2)}", "evaluation.val_episodes=200", *case.changes]
+    settings = [setting.format(a_tenth_of_the_steps=max(1, steps // 10)) for setting in settings]
+    if record.exists():
+        made_with = json.loads(record.read_text())["settings"]
+        if made_with != settings:
+            raise click.ClickException(f"{record} was made with {made_with}, not with {settings}: move it away.")
+        return
+    command = [sys.executable, "-m", "metadist", "train", str(config_of(case)), "--workers", "0", "--json"]
+    command += ["--run-dir", str(runs / name), *(part for s in settings for part in ("--set", s))]
+    began = time.perf_counter()
+    with (runs / f"{name}.log").open("w") as log:
+        finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT, check=False)
+    if finished.returncode:
+        raise click.ClickException(f"{' '.join(command)} ended with status {finished.returncode}: see {log.name}")
+    result = json.loads(finished.stdout)
+    lines = map(json.loads, (runs / name / "metrics.jsonl").read_text().splitlines())
+    values = {
+        "config": case.config,
+        "settings": settings,
+        "steps": result["step"],
+        "tasks": result["step"] * load_config(config_of(case), settings).training.meta_batch_size,
+        "batch_norm": result["evaluation"]["batch_norm"],
+        "accuracy": result["evaluation"]["accuracy"],
+        "validation": [(line["step"], line["val_accuracy"]) for line in lines if "val_accuracy" in line],
+        "theta_sha256": result["theta_sha256"],
+        "minutes": round((time.perf_counter() - began) / 60, 1),
+    }
+    record.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def accuracies(results: list[dict[str, Any]]) -> tuple[list[float], float, float]:
     """Accuracy of each seed, their mean, and its 95 % interval over episodes alone (not over seeds), in percent."""
-    scores = [result["evaluation"]["accuracy"] for result in results]
+    scores = [result["accuracy"] for result in results]
     means = [100 * score["mean"] for score in scores]
     half = 100 * math.sqrt(sum(score["ci95"] ** 2 for score in scores)) / len(scores)
     return means, sum(means) / len(means), half
@@ -111,7 +129,9 @@ def accuracies(results: list[dict[str, Any]]) -> tuple[list[float], float, float
 @click.option("--seed", "seeds", multiple=True, type=int, default=[0, 1], show_default=True)
 @click.option("--episodes", default=600, show_default=True)
 @click.option("--parallel", default=2, show_default=True, help="Runs side by side, one thread each.")
-@click.option("--out", default="benchmarks/results/accuracy", show_default=True)
+@click.option("--kept", default="benchmarks/accuracy", show_default=True, help="Records of finished runs.")
+@click.option("--runs", default="benchmarks/results/accuracy", show_default=True, help="Their run directories.")
+@click.option("--make/--no-make", default=True, show_default=True, help="Whether runs that are missing are made.")
 def main(
     suites: tuple[str, ...],
     names: tuple[str, ...],
@@ -119,37 +139,50 @@ def main(
     seeds: tuple[int, ...],
     episodes: int,
     parallel: int,
-    out: str,
+    kept: str,
+    runs: str,
+    make: bool,
 ) -> None:
-    """Trains every algorithm of the suites and prints one table each."""
-    console, place = Console(), Path(out).absolute()
-    place.mkdir(parents=True, exist_ok=True)
+    """Trains every algorithm of the suites, where no record of it is kept yet, and prints one table each."""
+    console, records, places = Console(), Path(kept).absolute(), Path(runs).absolute()
+    for place in (records, places):
+        place.mkdir(parents=True, exist_ok=True)
     for suite in suites:
         cases = {name: case for name, case in SUITES[suite].items() if not names or name in names}
-        with ThreadPoolExecutor(parallel) as pool:
-            runs = {
-                name: [pool.submit(run, case, steps, seed, episodes, place) for seed in seeds]
-                for name, case in cases.items()
-            }
-            results = {name: [each.result() for each in made] for name, made in runs.items()}
-        table = Table(title=f"{suite}: {steps:,} steps, {episodes} test episodes", title_justify="left")
-        for column in ("algorithm", "tasks", "half-way*", "batch norm", "each seed", "accuracy %", "paper"):
-            table.add_column(column, justify="left" if column in ("algorithm", "batch norm") else "right")
-        for name, found in results.items():
-            means, mean, half = accuracies(found)
-            curve = found[0]["curve"]
-            table.add_row(
-                name,
-                f"{found[0]['step'] * load_config(config_of(cases[name])).training.meta_batch_size:,}",
-                " → ".join(f"{100 * accuracy:.1f}" for _, accuracy in curve[1::2]) if len(curve) > 1 else "",
-                found[0]["evaluation"]["batch_norm"],
-                ", ".join(f"{m:.2f}" for m in means),
-                f"{mean:.2f} ± {half:.2f}",
-                cases[name].paper,
-            )
-        console.print(table)
+        if make:
+            with ThreadPoolExecutor(parallel) as pool:
+                made = [
+                    pool.submit(run, case, steps, seed, episodes, records, places)
+                    for case in cases.values()
+                    for seed in seeds
+                ]
+            for each in made:
+                each.result()
+        console.print(table_of(f"{suite}: {steps:,} steps, {episodes} test episodes", cases, steps, seeds, records))
         console.print("* Validation accuracy half-way and at the end (200 episodes, first seed): does it still climb?")
-        (place / f"{suite}_{steps}_steps.json").write_text(json.dumps(results, indent=1))
+
+
+def table_of(title: str, cases: dict[str, Case], steps: int, seeds: tuple[int, ...], kept: Path) -> Table:
+    """A row for each case of which at least one seed's record is kept."""
+    table = Table(title=title, title_justify="left")
+    for column in ("algorithm", "tasks", "half-way, end*", "batch norm", "each seed", "accuracy %", "paper"):
+        table.add_column(column, justify="left" if column in ("algorithm", "batch norm") else "right")
+    for name, case in cases.items():
+        files = [record_of(case, steps, seed, kept) for seed in seeds]
+        found = [json.loads(file.read_text()) for file in files if file.exists()]
+        if not found:
+            continue
+        means, mean, half = accuracies(found)
+        table.add_row(
+            name,
+            f"{found[0]['tasks']:,}",
+            ", ".join(f"{100 * accuracy:.1f}" for _, accuracy in found[0]["validation"]),
+            found[0]["batch_norm"],
+            ", ".join(f"{m:.2f}" for m in means),
+            f"{mean:.2f} ± {half:.2f}",
+            case.paper,
+        )
+    return table
 
 
 if __name__ == "__main__":
