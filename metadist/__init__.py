@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from metadist.callbacks import Callback
     from metadist.comparison import compare
     from metadist.config import Config, load_config
     from metadist.core.algorithm import Algorithm
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "metadist.callbacks": ("Callback",),
     "metadist.comparison": ("compare",),
     "metadist.config": ("Config", "load_config"),
     "metadist.core.algorithm": ("Algorithm",),
@@ -60,6 +62,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Algorithm",
+    "Callback",
     "CheckpointSettings",
     "Comparison",
     "Config",

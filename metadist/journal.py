@@ -1,12 +1,14 @@
 """The journal of a run: what is shown, logged and saved beside the training loop, in an order that survives a kill."""
 
 import math
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
+from metadist.callbacks import Callback, Fault, Status
 from metadist.checkpoint import Checkpoints, CheckpointWriter
 from metadist.config import Config
 from metadist.distributed.executor import Executor
@@ -14,11 +16,13 @@ from metadist.distributed.learner import LearnerState
 from metadist.errors import LearnerLostError
 from metadist.experiment import Experiment
 from metadist.run_directory import RunDirectory
+from metadist.scores import Evaluation
+from metadist.timeline import TIMELINE_FILE, TimeLine
 from metadist.tracking import METRICS_FILE, Progress, Tracker, read_metrics, without_nan
 
 
 class Journal:
-    """Metrics, progress, TensorBoard and checkpoints of one call of `fit`.
+    """Metrics, progress, TensorBoard, callbacks and checkpoints of one call of `fit`.
 
     Metrics are flushed before the checkpoint of the same step is written; whatever a kill tears off
     after that is cut away on resume and made again.
@@ -31,26 +35,38 @@ class Journal:
         directory: RunDirectory,
         console: Console,
         state: LearnerState | None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self._config, self._directory, self._console = config, directory, console
         self._checkpoints = Checkpoints(directory, experiment.theta, experiment.network.statistics_layout)
         self._writer = CheckpointWriter(self._checkpoints, config.run.checkpoint_config.num_to_keep)
         self._failures = 0
         self.last_metrics: dict[str, Any] = {}
-        step = state.step if state else 0
+        self._callbacks = callbacks
+        self._step = step = state.step if state else 0
+        self._adapters_lost = 0
         directory.fetch(METRICS_FILE)
+        directory.fetch(TIMELINE_FILE)
+        self._timeline = TimeLine(directory.local, step, config.run.log_every)
         self._tracker = Tracker(directory.local, step, config.run.log_every)
         self._progress = Progress(console, config.training.steps, step, config.training.meta_batch_size)
 
     def __enter__(self) -> "Journal":
+        for callback in self._callbacks:
+            callback.on_start(self._config, self._directory.location, self._step)
         self._progress.__enter__()
+        self._timeline.restart()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.__exit__(kind, error, trace)
-        self.close()
+        try:
+            self.close()
+        finally:
+            for callback in self._callbacks:
+                callback.on_end(self._step)
 
     @property
     def tasks_per_second(self) -> float:
@@ -58,21 +74,44 @@ class Journal:
 
     def record(self, step: int, metrics: dict[str, float], executor: Executor) -> None:
         """`step` steps are done, the last of them with these metrics."""
+        self._step = step
+        last = step == self._config.training.steps
         self.last_metrics = without_nan(metrics)
-        self._progress.step(step, metrics, executor.num_adapters, executor.counters.adapters_lost)
-        self._tracker.step(step, metrics, self.tasks_per_second, step == self._config.training.steps)
+        lost = executor.counters.adapters_lost
+        self._progress.step(step, metrics, executor.num_adapters, lost)
+        self._tracker.step(step, metrics, self.tasks_per_second, last)
+        seconds = self._timeline.step(step, executor.seconds, last)
+        if seconds is not None:
+            self._tracker.timeline(step, seconds)
+        if lost > self._adapters_lost:
+            self._tell_fault("adapter_lost", f"{lost - self._adapters_lost} adapters died and were replaced")
+            self._adapters_lost = lost
+        recomputed = executor.counters.chunks_recomputed
+        status = Status(executor.num_adapters, lost, recomputed, self.tasks_per_second, executor.seconds)
+        for callback in self._callbacks:
+            callback.on_step(step, metrics, status)
 
     def validation(self, step: int, scores: dict[str, float]) -> None:
         """Scores on the validation split after `step` steps."""
         self._tracker.validation(step, scores)
         accuracy = "" if math.isnan(scores["accuracy"]) else f"  accuracy {scores['accuracy']:.2%}"
         self._console.print(f"step {step}  validation loss {scores['loss']:.4f}{accuracy}")
+        self._tell_evaluation("val", scores)
+        self._timeline.restart()
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        """The final evaluation, after the last step."""
+        self._tell_evaluation(evaluation.split, evaluation.means())
 
     def checkpoint(self, state: LearnerState) -> None:
         """Begins to write a checkpoint; training goes on meanwhile."""
         self._tracker.flush()
+        self._timeline.flush()
         self._directory.upload()
         self._writer.save(state, self._best_step())
+        for callback in self._callbacks:
+            callback.on_checkpoint(state.step)
+        self._timeline.restart()
 
     def recover(self, error: LearnerLostError) -> LearnerState | None:
         """What to go on from after the learner was lost: the last checkpoint, None for the start."""
@@ -84,7 +123,10 @@ class Journal:
         state = self._checkpoints.load_latest(lambda text: self._console.print(Text(text, "yellow")))
         step = state.step if state else 0
         self._console.print(Text(f"{error}. Going on from step {step}.", "yellow"))
+        self._tell_fault("learner_lost", f"{error}. Going on from step {step}.")
+        self._step = step
         self._tracker.rewind(step)
+        self._timeline.rewind(step)
         return state
 
     def close(self) -> None:
@@ -92,7 +134,16 @@ class Journal:
         try:
             self._writer.close()
         finally:
+            self._timeline.close()
             self._tracker.close()
+
+    def _tell_evaluation(self, split: str, scores: dict[str, float]) -> None:
+        for callback in self._callbacks:
+            callback.on_evaluation(self._step, split, scores)
+
+    def _tell_fault(self, fault: Fault, text: str) -> None:
+        for callback in self._callbacks:
+            callback.on_fault(self._step, fault, text)
 
     def _best_step(self) -> int | None:
         """The checkpointed step with the best validation so far, by accuracy or else by loss."""

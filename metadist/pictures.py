@@ -12,10 +12,12 @@ from metadist.core.calibration import BINS
 from metadist.core.episode import Examples
 from metadist.core.keys import TaskKey
 from metadist.distributed.learner import LearnerState
+from metadist.distributed.seconds import Seconds
 from metadist.experiment import Experiment, open_task
 from metadist.files import replacing
 from metadist.paired import Comparison
 from metadist.scores import NO_BATCH_NORM, Evaluation
+from metadist.timeline import read_timeline
 from metadist.tracking import read_metrics
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY, BLACK = "#2a6fb0", "#d9731a", "#9a9a9a", "#222222"
+PHASES = ("#8fbf8f", BLUE, "#b08fc7", "#e0b040", "#d8d8d8")
+"""Sampling, adapting, reducing, stepping, waiting."""
 CURVE_POINTS = 300
 CURVE_AVERAGES = 50
 """Points of a training curve, each the mean of the steps around it."""
@@ -70,6 +74,29 @@ def draw_training(directory: Path) -> Path | None:
     axis.set_ylabel(f"query {name}{', %' if name == 'accuracy' else ''}")
     axis.legend(frameon=False)
     return _save(figure, directory / "training.png")
+
+
+def draw_timeline(directory: Path) -> Path | None:
+    """Draws where the time of a step goes from timeline.jsonl; None where there are no lines."""
+    lines = read_timeline(directory)
+    if not lines:
+        return None
+    phases = [*Seconds._fields, "waiting"]
+    steps = [line["step"] for line in lines]
+    figure, axes = _figure(1)
+    parts = [[1000 * line[phase] for line in lines] for phase in phases]
+    # One line alone has no area: a bar then.
+    if len(lines) == 1:
+        axes[0].bar(phases, [part[0] for part in parts], color=PHASES)
+    else:
+        axes[0].stackplot(steps, parts, labels=phases, colors=PHASES, linewidth=0)
+        axes[0].set_xlabel("step")
+        axes[0].legend(frameon=False, loc="upper center", ncol=2)
+        # The first steps warm up, and a stall here and there would press the rest flat.
+        axes[0].set_ylim(0, 1.8 * 1000 * float(np.median([line["wall"] for line in lines])))
+        axes[0].set_xlim(steps[0], steps[-1])
+    axes[0].set_ylabel("a step, ms")
+    return _save(figure, directory / "timeline.png")
 
 
 def picture_of(evaluation: Evaluation, directory: Path) -> Path:

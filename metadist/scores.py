@@ -82,6 +82,11 @@ class Evaluation:
     def scores(self) -> tuple[str, ...]:
         return ("loss", "accuracy") if self.is_classification else ("loss",)
 
+    def means(self) -> dict[str, float]:
+        """Mean loss and accuracy (NaN in regression) after the last inner step, under the run's own policy."""
+        own = self.policies[0]
+        return {"loss": own.loss[-1]["mean"], "accuracy": own.accuracy[-1]["mean"]}
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as evaluation.json and `metadist evaluate --json` have them. NaN is null."""
         own = self.policies[0]

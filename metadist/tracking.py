@@ -29,7 +29,7 @@ class Tracker:
         self._log_every = log_every
         with writing(str(directory)):
             (directory / "tensorboard").mkdir(parents=True, exist_ok=True)
-            self._file = _open_after(directory / METRICS_FILE, first_step)
+            self._file = open_after(directory / METRICS_FILE, first_step)
             self._events = _EventFile(directory / "tensorboard", first_step)
 
     def step(self, step: int, metrics: dict[str, float], tasks_per_second: float, last: bool) -> None:
@@ -40,6 +40,10 @@ class Tracker:
 
     def validation(self, step: int, scores: dict[str, float]) -> None:
         self._write(step, "val_", "val", scores)
+
+    def timeline(self, step: int, seconds: dict[str, float]) -> None:
+        """Where the time of the last steps went, to TensorBoard."""
+        self._write_events(step, "seconds", seconds)
 
     def _write(self, step: int, prefix: str, group: str, values: dict[str, float]) -> None:
         line = {"step": step} | {f"{prefix}{name}": value for name, value in values.items()}
@@ -57,7 +61,7 @@ class Tracker:
         """Forgets the lines of steps after `step`, which will be made again."""
         with writing(str(self._directory / METRICS_FILE)):
             self._file.close()
-            self._file = _open_after(self._directory / METRICS_FILE, step)
+            self._file = open_after(self._directory / METRICS_FILE, step)
         with writing(str(self._directory / "tensorboard")):
             self._events.forget_after(step)
 
@@ -108,8 +112,8 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _open_after(path: Path, first_step: int) -> IO[str]:
-    """Opens the metrics for appending, without lines of steps that will be done again, and torn ones."""
+def open_after(path: Path, first_step: int) -> IO[str]:
+    """Opens a file of lines with a `step` for appending, without torn ones and those of steps to be done again."""
     kept = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

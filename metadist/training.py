@@ -6,13 +6,14 @@ fails on the way, changes no bit of its result.
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 
+from metadist.callbacks import Callback
 from metadist.config import Config
 from metadist.core.plan import plan_evaluation, plan_step
 from metadist.distributed.executor import Executor
@@ -23,7 +24,7 @@ from metadist.evaluation import evaluate_with, save_evaluation
 from metadist.experiment import check_splits, make_experiment
 from metadist.interrupts import interruptible
 from metadist.journal import Journal
-from metadist.pictures import draw_training
+from metadist.pictures import draw_timeline, draw_training
 from metadist.resume import Resume, open_run
 from metadist.run_directory import RunDirectory
 from metadist.scores import Evaluation, mean_and_interval
@@ -60,7 +61,7 @@ class MetaTrainer:
     """Meta-trains a config, in the manner of Ray's trainers: `MetaTrainer(config).fit()`.
 
     `scaling_config` and `run_config` replace the config's sections `scaling` and `run`. With
-    `num_workers=0` everything runs in this process, without Ray.
+    `num_workers=0` everything runs in this process, without Ray. `callbacks` are told what happens.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class MetaTrainer:
         resume: Resume = "auto",
         allow_numeric_drift: bool = False,
         console: Console | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.config = dataclasses.replace(
             config, scaling=scaling_config or config.scaling, run=run_config or config.run
@@ -79,6 +81,7 @@ class MetaTrainer:
         self._resume: Resume = resume
         self._allow_numeric_drift = allow_numeric_drift
         self._console = console or Console(stderr=True)
+        self._callbacks = callbacks
 
     def fit(self, *, evaluate: bool = True) -> Result:
         """Trains to the last step, going on from the run directory's last checkpoint, then evaluates.
@@ -100,13 +103,16 @@ class MetaTrainer:
             stop = stack.enter_context(interruptible(console))
             fingerprint = executor.start(state, expected, stop)
             directory.write_json("fingerprint.json", fingerprint)
-            journal = stack.enter_context(Journal(config, experiment, directory, console, state))
+            callbacks = [*executor.callbacks, *self._callbacks]
+            journal = stack.enter_context(Journal(config, experiment, directory, console, state, callbacks))
             train(config, executor, journal, state, stop)
             draw_training(directory.local)
+            draw_timeline(directory.local)
             final = executor.state()
             evaluation = None
             if evaluate:
                 evaluation = evaluate_with(executor, config, config.evaluation)
+                journal.evaluation(evaluation)
                 save_evaluation(evaluation, directory, config, experiment, final)
             return Result(
                 run_dir=directory.location,

@@ -5,6 +5,7 @@ A plain class: the in-process executor calls it, and Ray runs it as an actor.
 
 import hashlib
 import platform
+import time
 import traceback
 from typing import Any
 
@@ -18,6 +19,7 @@ from metadist.core.meta_gradient import EpisodeScores, MetaGradient, Sums, score
 from metadist.core.plan import Plan, Range
 from metadist.core.reduction import reduce_tree
 from metadist.core.task_source import spec_of
+from metadist.distributed.seconds import Seconds
 from metadist.errors import AdapterError, ClusterError, MetadistError, NonFiniteError
 from metadist.experiment import Experiment
 
@@ -28,6 +30,7 @@ class Adapter:
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
         self.device = torch.device(experiment.device)
+        self._seconds = Seconds()
         torch.set_num_threads(experiment.threads)
         self.meta_gradient = MetaGradient(
             experiment.algorithm,
@@ -51,6 +54,7 @@ class Adapter:
         plan = Plan(experiment.run_seed, "train", 0, experiment.chunk_size, experiment.chunk_size)
         published = np.concatenate([experiment.initial_theta, experiment.initial_statistics])
         canonical = self.sum_range(plan, Range(0, 1), published)
+        self.take_seconds()  # They are those of compiling.
         on_gpu = self.device.type == "cuda"
         return {
             "torch": torch.__version__,
@@ -74,7 +78,9 @@ class Adapter:
                 return None
             chunk, keys = chunks.start, plan.keys(chunks.start)
             where = f"step {plan.step}, chunk {chunk}"
+            began = time.perf_counter()
             batch = self._sample(where, keys)
+            sampled = time.perf_counter()
             try:
                 return self.meta_gradient.sum_chunk(theta, statistics, batch, plan.weights(chunk), keys)
             except NonFiniteError as error:
@@ -83,8 +89,15 @@ class Adapter:
                 raise
             except Exception as error:
                 raise _named(error, f"{where} (tasks {keys[0]} to {keys[-1]}): adapting") from error
+            finally:
+                self._seconds += Seconds(sampled - began, time.perf_counter() - sampled)
 
         return reduce_tree(span, node, Sums.__add__)
+
+    def take_seconds(self) -> Seconds:
+        """What sampling and adapting for sums took since the last call."""
+        taken, self._seconds = self._seconds, Seconds()
+        return taken
 
     def score_range(
         self, plan: Plan, span: Range, published: np.ndarray, inner_steps: int, policies: list[BatchNormPolicy]

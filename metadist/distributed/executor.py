@@ -1,13 +1,15 @@
 """What training asks of the machines, whatever they are: this process, or a Ray cluster."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from metadist.callbacks import Callback
 from metadist.core.batch_norm import BatchNormPolicy
 from metadist.core.meta_gradient import EpisodeScores
 from metadist.core.plan import Plan, Range
 from metadist.distributed.learner import LearnerState
+from metadist.distributed.seconds import Seconds
 
 Handle = Any
 """Stands for a value that lies somewhere: the array itself in one process, an object reference with Ray."""
@@ -26,6 +28,10 @@ class Executor(Protocol):
     """Runs plans on adapters and keeps the learner. Every one gives the bits of the in-process one."""
 
     counters: Counters
+    seconds: Seconds
+    """Of the last step."""
+    callbacks: Sequence[Callback]
+    """To be told what happens, beside the user's own: the cluster's metrics, where there is a cluster."""
 
     def start(self, state: LearnerState | None, expected: dict[str, Any] | None, stop: Callable[[], bool]) -> dict:
         """Starts adapters and the learner; gives the numeric fingerprint.

@@ -1,11 +1,12 @@
 """The reference executor: one adapter and the learner in this process, without Ray."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from metadist.callbacks import Callback
 from metadist.core.batch_norm import BatchNormPolicy
 from metadist.core.meta_gradient import EpisodeScores, Sums
 from metadist.core.outer import OuterSettings
@@ -14,6 +15,7 @@ from metadist.distributed.adapter import Adapter
 from metadist.distributed.executor import Counters
 from metadist.distributed.fingerprint import refuse_other
 from metadist.distributed.learner import Learner, LearnerState
+from metadist.distributed.seconds import Seconds
 from metadist.experiment import Experiment
 
 
@@ -22,6 +24,8 @@ class InProcessExecutor:
 
     def __init__(self, experiment: Experiment, outer: OuterSettings, num_steps: int) -> None:
         self.counters = Counters()
+        self.seconds = Seconds()
+        self.callbacks: Sequence[Callback] = ()
         self._arguments = (experiment, outer, num_steps)
         self._threads_before = torch.get_num_threads()
 
@@ -47,7 +51,9 @@ class InProcessExecutor:
 
     def step(self, plan: Plan, theta: np.ndarray, sums: dict[Range, Sums]) -> dict[str, float]:
         del theta
-        return self._learner.step(plan, sums)
+        metrics = self._learner.step(plan, sums)
+        self.seconds = self._adapter.take_seconds() + self._learner.seconds
+        return metrics
 
     def evaluate(
         self, plan: Plan, theta: np.ndarray, inner_steps: int, policies: list[BatchNormPolicy]

@@ -3,6 +3,7 @@
 A plain class: the in-process executor holds one, and Ray runs it as an actor.
 """
 
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +13,7 @@ from metadist.core.meta_gradient import METRICS, Sums
 from metadist.core.outer import OuterLoop, OuterSettings
 from metadist.core.plan import Plan, Range
 from metadist.core.reduction import reduce_tree
+from metadist.distributed.seconds import Seconds
 from metadist.experiment import Experiment
 
 STATISTICS_MOMENTUM = 0.1
@@ -37,6 +39,7 @@ class Learner:
         self._statistics = experiment.initial_statistics.copy()
         self._loop = OuterLoop(outer, torch.tensor(experiment.initial_theta), num_steps)
         self._step = 0
+        self.seconds = Seconds()
 
     def publish(self) -> np.ndarray:
         """Theta and the running statistics as one float32 vector, for the adapters."""
@@ -45,13 +48,16 @@ class Learner:
     def step(self, plan: Plan, sums: dict[Range, Sums]) -> dict[str, float]:
         """One outer step on the sums of a plan's ranges; gives the step's metrics. Raises NonFiniteError."""
         assert plan.step == self._step, f"the learner is at step {self._step}, not {plan.step}"
+        began = time.perf_counter()
         total = reduce_tree(Range(0, plan.num_chunks), sums.get, Sums.__add__)
         mean = Sums(*(part / np.float32(plan.num_tasks) for part in total))
+        reduced = time.perf_counter()
         report = self._loop.step(self._step, torch.from_numpy(mean.gradient))
         if self._statistics.size:
             momentum = np.float32(STATISTICS_MOMENTUM)
             self._statistics = (1 - momentum) * self._statistics + momentum * mean.statistics
         self._step += 1
+        self.seconds = Seconds(reducing=reduced - began, stepping=time.perf_counter() - reduced)
         return dict(zip(METRICS, map(float, mean.metrics), strict=True)) | report
 
     def state(self) -> LearnerState:

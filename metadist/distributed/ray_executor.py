@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from metadist.callbacks import Callback
 from metadist.core.batch_norm import BatchNormPolicy
 from metadist.core.meta_gradient import EpisodeScores, Sums
 from metadist.core.outer import OuterSettings
@@ -21,6 +22,8 @@ from metadist.distributed.fingerprint import refuse_other
 from metadist.distributed.learner import Learner, LearnerState
 from metadist.distributed.ledger import Ledger
 from metadist.distributed.placement import LEARNER_CPUS, adapter_options
+from metadist.distributed.ray_metrics import RayMetrics
+from metadist.distributed.seconds import Seconds
 from metadist.errors import (
     AdapterError,
     ClusterError,
@@ -53,15 +56,16 @@ class AdapterActor:
         self.adapter = Adapter(ray.get(experiment[0]))
         return self.adapter.fingerprint()
 
-    def sum_range(self, plan: Plan, span: Range, published: np.ndarray) -> tuple[None, Sums]:
+    def sum_range(self, plan: Plan, span: Range, published: np.ndarray) -> tuple[Seconds, Sums]:
         """A small receipt for the driver, and the sums, which go to the learner without passing the driver."""
-        return None, self.adapter.sum_range(plan, span, published)
+        sums = self.adapter.sum_range(plan, span, published)
+        return self.adapter.take_seconds(), sums
 
     def score_range(
         self, plan: Plan, span: Range, published: np.ndarray, inner_steps: int, policies: list[BatchNormPolicy]
-    ) -> tuple[None, EpisodeScores]:
+    ) -> tuple[Seconds, EpisodeScores]:
         """Likewise for evaluation."""
-        return None, self.adapter.score_range(plan, span, published, inner_steps, policies)
+        return Seconds(), self.adapter.score_range(plan, span, published, inner_steps, policies)
 
 
 class LearnerActor:
@@ -76,8 +80,10 @@ class LearnerActor:
             self.learner.restore(state)
         return self.learner.publish()
 
-    def step(self, plan: Plan, spans: list[Range], sums: list[ray.ObjectRef]) -> tuple[dict[str, float], np.ndarray]:
-        """One outer step's metrics and the new published vector.
+    def step(
+        self, plan: Plan, spans: list[Range], sums: list[ray.ObjectRef]
+    ) -> tuple[tuple[dict[str, float], Seconds], np.ndarray]:
+        """One outer step's metrics and what it took, and the new published vector.
 
         Raises _SumsLost, with nothing done, where the sums of a range are gone.
         """
@@ -90,7 +96,8 @@ class LearnerActor:
                 lost.append(span)
         if lost:
             raise _SumsLost(lost)
-        return self.learner.step(plan, values), self.learner.publish()
+        metrics = self.learner.step(plan, values)
+        return (metrics, self.learner.seconds), self.learner.publish()
 
     def state(self) -> LearnerState:
         return self.learner.state()
@@ -125,6 +132,8 @@ class _Work:
     submit: Callable[[Any, Range], tuple[ray.ObjectRef, ray.ObjectRef]]
     calls: dict[ray.ObjectRef, _Call] = field(default_factory=dict)
     results: dict[Range, ray.ObjectRef] = field(default_factory=dict)
+    seconds: Seconds = field(default_factory=Seconds)
+    """Of all adapters together."""
 
     def hand_out(self, slots: list[_Slot]) -> None:
         """Gives every slot that is ready and without a range of this plan the next one that is open."""
@@ -155,6 +164,8 @@ class RayExecutor:
         notify: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.counters = Counters()
+        self.seconds = Seconds()
+        self.callbacks: Sequence[Callback] = (RayMetrics(),)
         self._scaling = scaling
         self._disconnect = disconnect
         self._notify = notify
@@ -193,7 +204,10 @@ class RayExecutor:
         ahead, self._ahead = self._ahead, None
         if ahead is None or (ahead.plan, ahead.theta) != (plan, theta):
             ahead = self._sums(plan, theta, plan.ranges(self.num_adapters))
-        return self._complete(ahead)
+        results = self._complete(ahead)
+        adapters = max(1, self.num_adapters)
+        self.seconds = Seconds(*(total / adapters for total in ahead.seconds))
+        return results
 
     def step(self, plan: Plan, theta: ray.ObjectRef, sums: dict[Range, ray.ObjectRef]) -> dict[str, float]:
         while True:
@@ -204,7 +218,7 @@ class RayExecutor:
                 self._ahead = self._sums(following, published, following.ranges(self.num_adapters))
                 self._ahead.hand_out(self._slots)
             try:
-                metrics: dict[str, float] = self._ask_learner(report)
+                metrics, seconds = self._ask_learner(report)
             except _SumsLost as error:
                 self._ahead = None
                 (lost,) = error.args
@@ -212,6 +226,7 @@ class RayExecutor:
                 sums |= self._complete(self._sums(plan, theta, lost))
             else:
                 self._published = published
+                self.seconds += seconds
                 return metrics
 
     def evaluate(
@@ -290,7 +305,7 @@ class RayExecutor:
                     continue
                 call = calls.pop(reference)
                 try:
-                    ray.get(reference)
+                    seconds = ray.get(reference)
                 except _LOST:
                     ledger.lost(call.actor)
                     self._replace(call.slot, call.actor)
@@ -302,6 +317,7 @@ class RayExecutor:
                 else:
                     if ledger.done(call.span):
                         work.results[call.span] = call.result
+                        work.seconds += seconds
         self.counters.chunks_recomputed += ledger.chunks_lost
         return work.results
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from metadist import MetaTrainer, load_config
+from metadist import Callback, MetaTrainer, load_config
 from metadist.config import Config
 from metadist.core.plan import plan_evaluation, plan_step
 from metadist.distributed.ray_executor import RayExecutor
@@ -80,12 +80,23 @@ def _random_images() -> list[PoolRow]:
     return rows
 
 
-def fit(config: Config, workers: int, name: str) -> Result:
+def fit(config: Config, workers: int, name: str, *callbacks: Callback) -> Result:
     return MetaTrainer(
         config,
         scaling_config=ScalingSettings(num_workers=workers),
         run_config=dataclasses.replace(config.run, name=name),
+        callbacks=callbacks,
     ).fit()
+
+
+class Faults(Callback):
+    """Keeps what was lost, and when."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, str]] = []
+
+    def on_fault(self, step: int, fault: str, text: str) -> None:
+        self.told.append((step, fault))
 
 
 def bits(result: Result) -> tuple[object, ...]:
@@ -128,9 +139,11 @@ def test_an_adapter_killed_in_mid_step_costs_its_own_chunks_and_no_bit(local_ray
     config = sinusoid(tmp_path)
     undisturbed = fit(config, 0, "undisturbed")
     source = KillsItsAdapter(step=6, marker=tmp_path / "killed")
-    disturbed = fit(dataclasses.replace(config, task=source), 2, "disturbed")
+    faults = Faults()
+    disturbed = fit(dataclasses.replace(config, task=source), 2, "disturbed", faults)
     assert source.marker.exists()
     assert disturbed.adapters_lost == 1
+    assert faults.told == [(7, "adapter_lost")]  # Told after the step in whose middle it happened, the seventh.
     # Seven chunks over two adapters: ranges of 4 and 3, of which the dead one held one.
     assert disturbed.chunks_recomputed in (3, 4)
     assert bits(disturbed)[:2] == bits(undisturbed)[:2]
@@ -165,7 +178,7 @@ def test_an_adapter_that_dies_with_the_next_step_already_in_hand_is_replaced_onc
 
 
 def test_a_killed_learner_costs_the_steps_since_the_last_checkpoint_and_no_bit(local_ray: None, tmp_path: Path) -> None:
-    config = sinusoid(tmp_path, steps=400)
+    config = sinusoid(tmp_path, steps=200)
     undisturbed = fit(config, 0, "undisturbed")
     killed: list[int] = []
 
@@ -179,8 +192,10 @@ def test_a_killed_learner_costs_the_steps_since_the_last_checkpoint_and_no_bit(l
 
     killer = threading.Thread(target=kill_the_learner_once)
     killer.start()
-    disturbed = fit(config, 1, "disturbed")
+    faults = Faults()
+    disturbed = fit(config, 1, "disturbed", faults)
     killer.join()
+    assert [fault for _, fault in faults.told] == ["learner_lost"]
     assert len(killed) == 1
     assert bits(disturbed) == bits(undisturbed)
 
