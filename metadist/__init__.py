@@ -3,12 +3,14 @@
 config = metadist.load_config("configs/sinusoid_maml.yaml")
 result = metadist.MetaTrainer(config).fit()
 metadist.evaluate(result.run_dir)
+metadist.load(result.run_dir).adapt(x, y).predict(more_x)
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from metadist.adaptation import AdaptedModel, LoadedRun, load
     from metadist.callbacks import Callback
     from metadist.comparison import compare
     from metadist.config import Config, load_config
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "metadist.adaptation": ("AdaptedModel", "LoadedRun", "load"),
     "metadist.callbacks": ("Callback",),
     "metadist.comparison": ("compare",),
     "metadist.config": ("Config", "load_config"),
@@ -61,6 +64,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AdaptedModel",
     "Algorithm",
     "Callback",
     "CheckpointSettings",
@@ -72,6 +76,7 @@ __all__ = [
     "EvaluationSettings",
     "Examples",
     "FailureSettings",
+    "LoadedRun",
     "MetaTrainer",
     "MetadistError",
     "OuterSettings",
@@ -85,6 +90,7 @@ __all__ = [
     "evaluate",
     "evaluate_shots",
     "generator",
+    "load",
     "load_config",
     "settings",
 ]

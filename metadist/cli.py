@@ -6,6 +6,7 @@ Exit status: 0 done; 2 the user's input is wrong; 1 a failure of ours; 130 inter
 import click
 
 from metadist import __version__
+from metadist.commands.adapt import adapt
 from metadist.commands.compare import compare
 from metadist.commands.data import data
 from metadist.commands.doctor import doctor
@@ -34,7 +35,7 @@ def cli() -> None:
     """Distributed meta-training on Ray: the same bits for any number of workers, failure or resume."""
 
 
-for command in (train, evaluate, compare, data, doctor):
+for command in (train, evaluate, adapt, compare, data, doctor):
     cli.add_command(command)
 
 

@@ -77,6 +77,15 @@ def with_statistics_from(module: nn.Module, source: Source, reference_size: int,
     return skeleton
 
 
+def with_reference_of(skeleton: nn.Module, reference_size: int) -> nn.Module:
+    """A copy of a skeleton whose statistics are those of the first `reference_size` rows."""
+    copied = copy.deepcopy(skeleton)
+    for layer in copied.modules():
+        if isinstance(layer, EpisodicBatchNorm):
+            layer.source, layer.reference_size = "reference", reference_size
+    return copied
+
+
 def _without_storage(tensor: Tensor) -> Tensor:
     bare = tensor.detach().to("meta")
     return nn.Parameter(bare, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else bare

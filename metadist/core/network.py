@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from metadist.core.batch_norm import BatchNormPolicy, EpisodicBatchNorm, Source, batch_norms, with_statistics_from
+from metadist.core.batch_norm import (
+    BatchNormPolicy,
+    EpisodicBatchNorm,
+    Source,
+    batch_norms,
+    with_reference_of,
+    with_statistics_from,
+)
 from metadist.core.episode import EpisodeSpec, Examples
 from metadist.core.params import Layout, Params
 from metadist.errors import ModelError
@@ -166,6 +173,13 @@ class Network:
             policy=policy or self.policy,
             test_ways=test_ways or self.test_ways,
         )
+
+    def for_support_size(self, size: int) -> "Network":
+        """This network for support sets of another size than the spec's; only the policy `support` looks at it."""
+        skeletons = dict(self.skeletons)
+        for training in (True, False):
+            skeletons[f"reference {size}", training] = with_reference_of(self.skeletons["own", training], size)
+        return dataclasses.replace(self, skeletons=skeletons)
 
 
 def make_network(
