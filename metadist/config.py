@@ -206,6 +206,21 @@ def impossible(config: Config) -> list[tuple[str, str]]:
     low, high = scaling.worker_limits
     if low > high:
         problems.append(("scaling.num_workers", f"is (min, max) and needs min <= max, got ({low}, {high}). Swap them."))
+    if scaling.backend == "train" and low < 1:
+        problems.append(
+            (
+                "scaling.num_workers",
+                "must be at least 1 with scaling.backend: train, got 0. Raise it, or use scaling.backend: actors, which"
+                " trains in this process with 0.",
+            )
+        )
+    if scaling.backend != "train" and scaling.reduce != "exact":
+        problems.append(
+            (
+                "scaling.reduce",
+                f"is for scaling.backend: train, got {scaling.reduce} with {scaling.backend}. Leave it out.",
+            )
+        )
     if not config.run.storage_path:
         problems.append(("run.storage_path", "must be a directory or a URI, got ''. Use . for the current directory."))
     name = config.run.name

@@ -57,6 +57,10 @@ class LearnerLostError(MetadistError):
     """The learner died; training goes on from the last checkpoint."""
 
 
+class RanksResizedError(LearnerLostError):
+    """The cluster has room for another number of ranks; training goes on from the last checkpoint with them."""
+
+
 class InterruptedRun(MetadistError):
     """Training was interrupted; its checkpoint is written."""
 

@@ -13,7 +13,7 @@ from metadist.checkpoint import Checkpoints, CheckpointWriter
 from metadist.config import Config
 from metadist.distributed.executor import Executor
 from metadist.distributed.learner import LearnerState
-from metadist.errors import LearnerLostError
+from metadist.errors import LearnerLostError, RanksResizedError
 from metadist.experiment import Experiment
 from metadist.run_directory import RunDirectory
 from metadist.scores import Evaluation
@@ -115,7 +115,7 @@ class Journal:
 
     def recover(self, error: LearnerLostError) -> LearnerState | None:
         """What to go on from after the learner was lost: the last checkpoint, None for the start."""
-        self._failures += 1
+        self._failures += not isinstance(error, RanksResizedError)
         allowed = self._config.run.failure_config.max_failures
         if 0 <= allowed < self._failures:
             raise error

@@ -61,6 +61,13 @@ class ScalingSettings:
 
     num_workers: CountOrZero | tuple[Count, Count] = 2
     """Adapters: a number, or (min, max) for as many as the cluster has room for; 0 trains in this process."""
+    backend: Literal["actors", "train"] = "actors"
+    """`actors`: a dead adapter costs its own chunks, and the learner is one process. `train`: ranks of Ray Train that
+    all-reduce among themselves, each with a learner, for big models on equal nodes; a dead rank restarts all of them
+    from the last checkpoint."""
+    reduce: Literal["exact", "fast"] = "exact"
+    """Of backend `train`. `exact`: all ranges' sums go to every rank and are added in tree order, with the bits of any
+    other backend. `fast`: a float all-reduce, whose last bits depend on the number of ranks."""
     resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] = field(default_factory=lambda: {"CPU": 1.0})
     use_gpu: bool = False
     """One GPU an adapter, unless resources_per_worker says otherwise."""

@@ -9,12 +9,17 @@ from metadist.experiment import Experiment
 
 
 def make_executor(config: Config, experiment: Experiment, console: Console) -> Executor:
-    """The in-process executor for `scaling.num_workers: 0`, else one on a Ray cluster, joined or started."""
+    """The in-process executor for `scaling.num_workers: 0`, else the backend's on a Ray cluster, joined or started."""
     arguments = (experiment, config.outer, config.training.steps)
     if config.scaling.worker_limits[1] == 0:
         return InProcessExecutor(*arguments)
     from metadist.distributed.cluster import connect
-    from metadist.distributed.ray_executor import RayExecutor
 
     disconnect = connect(config.scaling, console)
+    if config.scaling.backend == "train":
+        from metadist.distributed.train_executor import TrainExecutor
+
+        return TrainExecutor(*arguments, config.scaling, config.run.failure_config.max_failures, disconnect)
+    from metadist.distributed.ray_executor import RayExecutor
+
     return RayExecutor(*arguments, config.scaling, disconnect, console.print)
