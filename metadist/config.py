@@ -214,13 +214,14 @@ def impossible(config: Config) -> list[tuple[str, str]]:
                 " trains in this process with 0.",
             )
         )
-    if scaling.backend != "train" and scaling.reduce != "exact":
-        problems.append(
-            (
-                "scaling.reduce",
-                f"is for scaling.backend: train, got {scaling.reduce} with {scaling.backend}. Leave it out.",
+    for key, value, default in (
+        ("reduce", scaling.reduce, "exact"),
+        ("shard_optimizer", scaling.shard_optimizer, False),
+    ):
+        if scaling.backend != "train" and value != default:
+            problems.append(
+                (f"scaling.{key}", f"is for scaling.backend: train, got {value} with {scaling.backend}. Leave it out.")
             )
-        )
     if not config.run.storage_path:
         problems.append(("run.storage_path", "must be a directory or a URI, got ''. Use . for the current directory."))
     name = config.run.name

@@ -68,6 +68,8 @@ class ScalingSettings:
     reduce: Literal["exact", "fast"] = "exact"
     """Of backend `train`. `exact`: all ranges' sums go to every rank and are added in tree order, with the bits of any
     other backend. `fast`: a float all-reduce, whose last bits depend on the number of ranks."""
+    shard_optimizer: bool = False
+    """Of backend `train`: each rank keeps the optimizer's state of its share of theta (ZeRO-1). Changes no bit."""
     resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] = field(default_factory=lambda: {"CPU": 1.0})
     use_gpu: bool = False
     """One GPU an adapter, unless resources_per_worker says otherwise."""

@@ -1,7 +1,7 @@
 """The outer loop's step: clipping, optimizer, learning-rate schedule, on one flat vector."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -74,20 +74,17 @@ class OuterLoop:
         self.optimizer = self._make_optimizer()
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
+        kind, settings = self._optimizer_settings()
+        return kind([self.theta], **settings)
+
+    def _optimizer_settings(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+        """The optimizer's class, and its arguments beside the parameters."""
         outer = self.settings
+        common = {"lr": outer.lr, "weight_decay": outer.weight_decay, "foreach": False}
         if outer.optimizer == "sgd":
-            return torch.optim.SGD(
-                [self.theta], lr=outer.lr, momentum=outer.momentum, weight_decay=outer.weight_decay, foreach=False
-            )
+            return torch.optim.SGD, common | {"momentum": outer.momentum}
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[outer.optimizer]
-        return kind(
-            [self.theta],
-            lr=outer.lr,
-            betas=outer.betas,
-            eps=outer.eps,
-            weight_decay=outer.weight_decay,
-            foreach=False,
-        )
+        return kind, common | {"betas": outer.betas, "eps": outer.eps}
 
     def step(self, step: int, gradient: Tensor) -> dict[str, float]:
         """One update; gives the rate and the gradient's norm before clipping. Raises NonFiniteError."""
@@ -106,10 +103,13 @@ class OuterLoop:
         lr = outer.lr_at(step, self.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self._update(gradient)
+        return {"outer_lr": lr, "gradient_norm": norm}
+
+    def _update(self, gradient: Tensor) -> None:
         self.theta.grad = gradient
         self.optimizer.step()
         self.theta.grad = None
-        return {"outer_lr": lr, "gradient_norm": norm}
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimizer's state by name: `exp_avg: [theta]`, `step: []` and so on; empty before the first step."""

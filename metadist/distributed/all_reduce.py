@@ -19,13 +19,13 @@ class PeerFailedError(Exception):
 def share_exactly(assigned: list[list[Range]], own: dict[Range, Sums] | None, sizes: list[int], device: str) -> dict:
     """The sums of every range, on every rank, to be reduced there in tree order: the bits of any other executor.
 
-    `assigned` are the ranges of each rank, `own` this rank's sums (None where it failed), `sizes` the lengths of
-    the parts of a sum. Each rank receives as many sums as there are ranges. Raises PeerFailedError.
+    `assigned` are the ranges of each rank, `own` this rank's sums in that order (None where it failed), `sizes` the
+    lengths of the parts of a sum. Each rank receives as many sums as there are ranges. Raises PeerFailedError.
     """
     size, rows = sum(sizes), max(map(len, assigned))
     sent = np.zeros(rows * size + 1, np.float32)
-    for row, span in enumerate(assigned[dist.get_rank()] if own is not None else []):
-        sent[row * size : (row + 1) * size] = np.concatenate(own[span])
+    for row, sums in enumerate((own or {}).values()):
+        sent[row * size : (row + 1) * size] = np.concatenate(sums)
     sent[-1] = own is None
     mine = torch.from_numpy(sent).to(device)
     everyone = [torch.empty_like(mine) for _ in assigned]

@@ -48,9 +48,11 @@ class Conductor:
             TorchTrainer(
                 run_rank,
                 train_loop_config={"conductor": me, "arguments": arguments},
-                torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
+                # Sums go from GPU to GPU; shares of theta between the learners, which are on the CPU.
+                torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if scaling.use_gpu else "gloo"),
                 scaling_config=ScalingConfig(
-                    num_workers=scaling.num_workers,
+                    # What type checkers see here is Ray Train v1, which had no elastic groups.
+                    num_workers=scaling.num_workers,  # type: ignore[arg-type]
                     use_gpu=scaling.use_gpu,
                     resources_per_worker=resources_per_adapter(scaling),
                     placement_strategy=scaling.placement_strategy,
@@ -60,7 +62,7 @@ class Conductor:
                     # The run directory is the driver's: Ray Train keeps only its own notes, and those for nobody.
                     storage_path=scratch,
                     failure_config=FailureConfig(max_failures=max_failures),
-                    callbacks=[_Watch(me)],
+                    callbacks=[_Watch(me)],  # type: ignore[list-item]
                 ),
             ).fit()
 

@@ -34,10 +34,12 @@ class LearnerState:
 class Learner:
     """Holds the state of a run between steps."""
 
-    def __init__(self, experiment: Experiment, outer: OuterSettings, num_steps: int) -> None:
+    def __init__(
+        self, experiment: Experiment, outer: OuterSettings, num_steps: int, loop: type[OuterLoop] = OuterLoop
+    ) -> None:
         torch.set_num_threads(experiment.threads)
         self._statistics = experiment.initial_statistics.copy()
-        self._loop = OuterLoop(outer, torch.tensor(experiment.initial_theta), num_steps)
+        self._loop = loop(outer, torch.tensor(experiment.initial_theta), num_steps)
         self._step = 0
         self.seconds = Seconds()
 

@@ -13,11 +13,12 @@ import torch.distributed as dist
 
 from metadist.core.batch_norm import BatchNormPolicy
 from metadist.core.meta_gradient import METRICS, EpisodeScores
-from metadist.core.outer import OuterSettings
+from metadist.core.outer import OuterLoop, OuterSettings
 from metadist.core.plan import Plan, Range
 from metadist.distributed.adapter import Adapter
 from metadist.distributed.all_reduce import PeerFailedError, share_exactly, share_fast
 from metadist.distributed.learner import Learner, LearnerState
+from metadist.distributed.zero import ShardedOuterLoop
 from metadist.errors import MetadistError
 from metadist.experiment import Experiment
 
@@ -31,6 +32,7 @@ class RankArguments:
     outer: OuterSettings
     num_steps: int
     exact: bool
+    shard_optimizer: bool
 
 
 def run_rank(settings: dict[str, Any]) -> None:
@@ -50,7 +52,7 @@ def run_rank(settings: dict[str, Any]) -> None:
 
 def _enter(conductor: Any) -> int:
     """The number of this group of ranks, by which the conductor tells it from an earlier one."""
-    number = torch.zeros(1, dtype=torch.int64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    number = torch.zeros(1, dtype=torch.int64)
     if dist.get_rank() == 0:
         number += ray.get(conductor.enter.remote(dist.get_world_size()))
     dist.broadcast(number, 0)
@@ -68,7 +70,8 @@ class Rank:
         arguments = self._arguments
         experiment: Experiment = ray.get(arguments.experiment[0])
         self._adapter = Adapter(experiment)
-        self._learner = Learner(experiment, arguments.outer, arguments.num_steps)
+        loop = ShardedOuterLoop if arguments.shard_optimizer else OuterLoop
+        self._learner = Learner(experiment, arguments.outer, arguments.num_steps, loop)
         saved: LearnerState | None = ray.get(state[0])
         if saved is not None:
             self._learner.restore(saved)

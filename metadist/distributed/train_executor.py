@@ -52,10 +52,12 @@ class TrainExecutor:
         self._scaling = scaling
         self._max_failures = max_failures
         self._disconnect = disconnect
-        self._arguments = RankArguments([ray.put(experiment)], outer, num_steps, scaling.reduce == "exact")
+        self._arguments = RankArguments(
+            [ray.put(experiment)], outer, num_steps, scaling.reduce == "exact", scaling.shard_optimizer
+        )
         self._conductor: Any = None
         self._group = self._size = 0
-        self._chunks_done = 0
+        self._done: Plan | None = None
         self._fingerprint: dict[str, Any] | None = None
         self._stop: Callable[[], bool] = lambda: False
 
@@ -90,12 +92,10 @@ class TrainExecutor:
     def step(self, plan: Plan, theta: None, sums: dict[Range, int]) -> dict[str, float]:
         del theta
         metrics: dict[str, float] = self._ask("step", plan, self._by_rank(sums))[0]
-        self._chunks_done += plan.num_chunks
+        self._done = plan
         return metrics
 
-    def evaluate(
-        self, plan: Plan, theta: None, inner_steps: int, policies: list[BatchNormPolicy]
-    ) -> EpisodeScores:
+    def evaluate(self, plan: Plan, theta: None, inner_steps: int, policies: list[BatchNormPolicy]) -> EpisodeScores:
         assigned = self._by_rank(self.run(plan, theta))
         scores: dict[Range, EpisodeScores] = {}
         for part in self._ask("score", plan, assigned, inner_steps, policies):
@@ -112,6 +112,10 @@ class TrainExecutor:
         return state
 
     def replace_learner(self, state: LearnerState | None) -> None:
+        if self._done is not None:
+            steps = self._done.step + 1 - (state.step if state else 0)
+            self.counters.chunks_recomputed += steps * self._done.num_chunks
+        self._done = None
         self._prepare(state)
 
     def close(self) -> None:
@@ -147,7 +151,7 @@ class TrainExecutor:
             self._fingerprint = fingerprint
 
     def _ask(self, method: str, *arguments: Any) -> list[Any]:
-        """The replies of all ranks. Raises the error of one that failed, and LearnerLostError where the group is gone."""
+        """The replies of all ranks. Raises the error of one that failed, LearnerLostError where the group is gone."""
         call = self._conductor.ask.remote(self._group, method, *arguments)
         while not self._is_there(call):
             pass

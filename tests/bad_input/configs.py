@@ -232,6 +232,18 @@ WRONG_CONFIGS: dict[str, tuple[Prepare, str]] = {
         edited("num_workers: 0", "num_workers: -1"),
         "scaling.num_workers must be >= 0 or a list, got -1 ... Try 1.",
     ),
+    "ranks without workers": (
+        setting("scaling.backend=train"),
+        "scaling.num_workers must be at least 1 with scaling.backend: train, got 0 (bad.yaml, line 20) ... Raise it",
+    ),
+    "a fast reduction of actors": (
+        setting("scaling.reduce=fast"),
+        "scaling.reduce is for scaling.backend: train, got fast with actors (--set). Leave it out.",
+    ),
+    "a sharded optimizer of actors": (
+        setting("scaling.shard_optimizer=true"),
+        "scaling.shard_optimizer is for scaling.backend: train, got True with actors (--set). Leave it out.",
+    ),
     "run.name with a slash": (
         edited("name: x", "name: a/b"),
         "run.name must be the name of one directory, got 'a/b' (bad.yaml, line 22) ... Use run.storage_path for paths.",
