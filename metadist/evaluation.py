@@ -93,7 +93,9 @@ def asked_of(
     num_workers: int | tuple[int, int] | None,
     address: str | None,
 ) -> Config:
-    """A config with those settings of its evaluation and scaling that are not None."""
+    """A config with those settings of its evaluation and scaling that are not None; 0 workers are of no backend."""
+    if num_workers == 0:
+        config = _on_actors(config)
     evaluation = {"split": split, "episodes": episodes, "seed": seed}
     scaling = {"num_workers": num_workers, "address": address}
 
@@ -124,12 +126,18 @@ def score_state(
     own_policy_alone: bool = False,
 ) -> Evaluation:
     """Evaluates a checkpoint as `config.evaluation` says, on adapters of its own."""
-    executor = make_executor(config, experiment, console)
+    # Scores are not reduced, and an actor's loss costs less than a rank's.
+    executor = make_executor(_on_actors(config), experiment, console)
     try:
         executor.start(state, None, lambda: False)
         return evaluate_with(executor, config, config.evaluation, own_policy_alone=own_policy_alone)
     finally:
         executor.close()
+
+
+def _on_actors(config: Config) -> Config:
+    scaling = dataclasses.replace(config.scaling, backend="actors", reduce="exact", shard_optimizer=False)
+    return dataclasses.replace(config, scaling=scaling)
 
 
 def load_run_config(directory: RunDirectory) -> Config:

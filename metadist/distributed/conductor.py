@@ -70,6 +70,8 @@ class Conductor:
         """A new group of so many ranks is there; gives its number."""
         with self._changed:
             self._group, self._size, self._lost = self._group + 1, size, None
+            # A call to an earlier group is not for this one.
+            self._call = (0, "", ())
             self._changed.notify_all()
             return self._group
 

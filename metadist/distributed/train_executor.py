@@ -6,6 +6,7 @@ under either backend, and ranks need not share a disk.
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from metadist.distributed.executor import Counters
 from metadist.distributed.fingerprint import refuse_other
 from metadist.distributed.learner import LearnerState
 from metadist.distributed.rank import RankArguments
-from metadist.errors import ClusterError, InterruptedRun, LearnerLostError, first_line
+from metadist.errors import AdapterError, ClusterError, InterruptedRun, LearnerLostError, first_line
 from metadist.experiment import Experiment
 from metadist.sections import ScalingSettings
 
@@ -122,7 +123,8 @@ class TrainExecutor:
         conductor, self._conductor = self._conductor, None
         if conductor is not None:
             conductor.close.remote()
-            ray.wait([self._fit], timeout=CLOSE_TIMEOUT_S)
+            # Ranks that never came have nothing to end.
+            ray.wait([self._fit], timeout=CLOSE_TIMEOUT_S if self._size else 0)
             ray.kill(conductor)
         disconnect, self._disconnect = self._disconnect, lambda: None
         disconnect()
@@ -131,12 +133,26 @@ class TrainExecutor:
         return [[span for span, holder in ranges.items() if holder == rank] for rank in range(self._size)]
 
     def _prepare(self, state: LearnerState | None) -> None:
-        """Waits for a group of ranks that is not the last one, and has it start from `state`."""
+        """Has the group of ranks start from `state`: the first group, or the one after a loss."""
+        reference = [ray.put(state)]
+        prepared: list[dict[str, Any]] = []
+        while not prepared:
+            self._wait_for_group()
+            # Ranks that are lost while they prepare: Ray Train starts others, until it gives up.
+            with suppress(LearnerLostError):
+                prepared = self._ask("prepare", reference)
+        for rank, found in enumerate(prepared):
+            # A float sum has the bits of its order: a run that was exact does not go on with it unsaid.
+            fingerprint = found if self._scaling.reduce == "exact" else found | {"reduce": self._scaling.reduce}
+            refuse_other(fingerprint, self._fingerprint, f"rank {rank} of {self._size}")
+            self._fingerprint = fingerprint
+
+    def _wait_for_group(self) -> None:
         began = time.monotonic()
         coming = self._conductor.group.remote(self._group)
         while not self._is_there(coming):
             if self._stop():
-                raise InterruptedRun("interrupted while ranks were starting")
+                raise InterruptedRun("Interrupted while ranks were starting.")
             if time.monotonic() - began > self._scaling.start_timeout_s:
                 raise ClusterError(
                     f"the group of at least {self._scaling.worker_limits[0]} ranks did not start within"
@@ -144,11 +160,6 @@ class TrainExecutor:
                     " cluster lacks, lower --workers, or raise the timeout."
                 )
         self._group, self._size = ray.get(coming)
-        for rank, found in enumerate(self._ask("prepare", [ray.put(state)])):
-            # A float sum has the bits of its order: a run that was exact does not go on with it unsaid.
-            fingerprint = found if self._scaling.reduce == "exact" else found | {"reduce": self._scaling.reduce}
-            refuse_other(fingerprint, self._fingerprint, f"rank {rank} of {self._size}")
-            self._fingerprint = fingerprint
 
     def _ask(self, method: str, *arguments: Any) -> list[Any]:
         """The replies of all ranks. Raises the error of one that failed, LearnerLostError where the group is gone."""
@@ -173,6 +184,6 @@ class TrainExecutor:
                 ray.get(self._fit)
             except RayTaskError as error:
                 cause = error.cause or error
-                raise ClusterError(f"Ray Train gave up: {first_line(cause)}") from None
-            raise ClusterError("Ray Train ended the ranks before the run was done. Resume the run.")
+                raise AdapterError(f"Ray Train gave up: {first_line(cause)}") from None
+            raise AdapterError("Ray Train ended the ranks before the run was done. Resume the run.")
         return call in ready
