@@ -44,6 +44,7 @@ class Conductor:
         os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(scaling.start_timeout_s))
+        # The ignored types: checkers see Ray Train v1, where the driver runs v2.
         with tempfile.TemporaryDirectory(prefix="metadist-train-") as scratch:
             TorchTrainer(
                 run_rank,
@@ -51,7 +52,6 @@ class Conductor:
                 # Sums go from GPU to GPU; shares of theta between the learners, which are on the CPU.
                 torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if scaling.use_gpu else "gloo"),
                 scaling_config=ScalingConfig(
-                    # What type checkers see here is Ray Train v1, which had no elastic groups.
                     num_workers=scaling.num_workers,  # type: ignore[arg-type]
                     use_gpu=scaling.use_gpu,
                     resources_per_worker=resources_per_adapter(scaling),
@@ -61,7 +61,8 @@ class Conductor:
                     name="ranks",
                     # The run directory is the driver's: Ray Train keeps only its own notes, and those for nobody.
                     storage_path=scratch,
-                    failure_config=FailureConfig(max_failures=max_failures),
+                    # The driver gives up as well when no group starts in time.
+                    failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=0),  # type: ignore[call-arg]
                     callbacks=[_Watch(me)],  # type: ignore[list-item]
                 ),
             ).fit()

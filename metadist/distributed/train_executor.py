@@ -123,8 +123,9 @@ class TrainExecutor:
         conductor, self._conductor = self._conductor, None
         if conductor is not None:
             conductor.close.remote()
-            # Ranks that never came have nothing to end.
-            ray.wait([self._fit], timeout=CLOSE_TIMEOUT_S if self._size else 0)
+            # Ranks that never came need no farewell where Ray itself ends; in one that stays they would keep room.
+            stays = self._disconnect is not ray.shutdown
+            ray.wait([self._fit], timeout=CLOSE_TIMEOUT_S if self._size or stays else 0)
             ray.kill(conductor)
         disconnect, self._disconnect = self._disconnect, lambda: None
         disconnect()

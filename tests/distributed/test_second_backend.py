@@ -1,8 +1,8 @@
-"""The second backend: ranks under Ray Train that reduce among themselves. Each test starts one group of them."""
+"""The second backend: ranks under Ray Train that reduce among themselves. Groups start slowly, so there are three."""
 
 import dataclasses
-import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +10,12 @@ from rich.console import Console
 
 from metadist import MetaTrainer, ScalingSettings
 from metadist.config import Config
+from metadist.core.meta_gradient import EpisodeScores
 from metadist.core.plan import plan_evaluation, plan_step
+from metadist.distributed.fingerprint import refuse_other
 from metadist.distributed.start import make_executor
 from metadist.errors import AdapterError, FingerprintError
 from metadist.experiment import make_experiment
-from metadist.run_directory import RunDirectory
 from metadist.training import Result
 from tests.distributed.faulty import KillsItsAdapter, Raises
 from tests.distributed.test_same_bits import bits, images, sinusoid
@@ -32,10 +33,46 @@ def fit(config: Config, scaling: ScalingSettings, name: str, steps: int | None =
     return MetaTrainer(config, scaling_config=scaling).fit()
 
 
-def theta_of(result: Result, config: Config) -> np.ndarray:
-    from metadist.evaluation import load_state
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """Two steps on a source that raises in the third, and an evaluation after it."""
 
-    return load_state(RunDirectory(result.run_dir), make_experiment(config), None, Console(quiet=True)).theta
+    fingerprint: dict[str, Any]
+    theta: np.ndarray
+    metrics: dict[str, float]
+    error: AdapterError
+    scores: EpisodeScores
+
+
+def two_steps_and_an_error(config: Config, scaling: ScalingSettings) -> Evidence:
+    scaled = dataclasses.replace(config, scaling=scaling, task=Raises(step=2))
+    executor = make_executor(scaled, make_experiment(scaled), Console(quiet=True))
+
+    def step(number: int) -> dict[str, float]:
+        plan, theta = plan_step(0, number, 25, 5), executor.publish()
+        return executor.step(plan, theta, executor.run(plan, theta))
+
+    try:
+        fingerprint = executor.start(None, None, lambda: False)
+        step(0)
+        metrics = step(1)
+        with pytest.raises(AdapterError) as caught:
+            step(2)
+        scores = executor.evaluate(plan_evaluation(0, "val", 9, 5), executor.publish(), 1, ["transductive"])
+        state = executor.state()
+        assert state.step == 2
+        return Evidence(fingerprint, state.theta, metrics, caught.value, scores)
+    finally:
+        executor.close()
+
+
+@pytest.fixture(scope="module")
+def exact_and_fast(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Evidence, Evidence]:
+    """The in-process executor's evidence, and that of two ranks with a fast reduction."""
+    # Five chunks over two ranks are the ranges 0-1, 2-3 and 4: the tree adds (a + b) + c, the ranks (a + c) + b.
+    config = sinusoid(tmp_path_factory.mktemp("evidence"))
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, chunk_size=5))
+    return two_steps_and_an_error(config, ALONE), two_steps_and_an_error(config, FAST)
 
 
 def test_a_run_that_goes_from_backend_to_backend_has_the_bits_of_one_process(local_ray: None, tmp_path: Path) -> None:
@@ -51,16 +88,30 @@ def test_a_run_that_goes_from_backend_to_backend_has_the_bits_of_one_process(loc
     assert bits(fit(config, ALONE, "mixed")) == bits(alone)
 
 
-def test_a_fast_reduction_adds_in_another_order_and_says_so(local_ray: None, tmp_path: Path) -> None:
-    # Five chunks over two ranks are the ranges 0-1, 2-3 and 4: the tree adds (a + b) + c, the ranks (a + c) + b.
-    config = sinusoid(tmp_path)
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, chunk_size=5))
-    exact, fast = fit(config, ALONE, "exact"), fit(config, FAST, "fast")
-    assert fast.theta_sha256 != exact.theta_sha256
-    np.testing.assert_allclose(theta_of(fast, config), theta_of(exact, config), rtol=1e-5, atol=1e-5)
-    assert fast.train["loss"] == pytest.approx(exact.train["loss"], rel=1e-5)
+def test_a_fast_reduction_adds_in_another_order_and_agrees(exact_and_fast: tuple[Evidence, Evidence]) -> None:
+    exact, fast = exact_and_fast
+    assert not np.array_equal(fast.theta, exact.theta)
+    np.testing.assert_allclose(fast.theta, exact.theta, rtol=1e-5, atol=1e-5)
+    for name, value in exact.metrics.items():
+        assert fast.metrics[name] == pytest.approx(value, rel=1e-5, nan_ok=True)
+
+
+def test_a_run_does_not_go_from_a_fast_reduction_to_an_exact_one_unsaid(
+    exact_and_fast: tuple[Evidence, Evidence],
+) -> None:
+    exact, fast = exact_and_fast
+    assert fast.fingerprint == exact.fingerprint | {"reduce": "fast"}
     with pytest.raises(FingerprintError, match="reduce 'fast' there, None here"):
-        fit(config, ALONE, "fast", steps=config.training.steps + 1)
+        refuse_other(exact.fingerprint, fast.fingerprint, "this process")
+
+
+def test_an_error_of_the_users_source_comes_from_its_rank_and_leaves_the_group_in_step(
+    exact_and_fast: tuple[Evidence, Evidence],
+) -> None:
+    exact, fast = exact_and_fast
+    for part in ("step 2, chunk 0", "Raises raised ZeroDivisionError: no such sinusoid", "faulty.py, line"):
+        assert part in str(fast.error)
+    np.testing.assert_allclose(fast.scores.loss, exact.scores.loss, rtol=1e-4)
 
 
 def test_a_killed_rank_restarts_the_group_from_the_last_checkpoint_and_costs_no_bit(
@@ -77,28 +128,3 @@ def test_a_killed_rank_restarts_the_group_from_the_last_checkpoint_and_costs_no_
     assert bits(disturbed)[:2] == bits(undisturbed)[:2]
     assert bits(disturbed)[4] == bits(undisturbed)[4]
     assert "died: " in capsys.readouterr().err
-
-
-def test_an_error_of_the_users_source_comes_from_its_rank_and_leaves_the_group_in_step(
-    local_ray: None, tmp_path: Path
-) -> None:
-    config = dataclasses.replace(sinusoid(tmp_path), task=Raises(step=2))
-    scores = []
-    for scaling in (ALONE, RANKS):
-        scaled = dataclasses.replace(config, scaling=scaling)
-        executor = make_executor(scaled, make_experiment(scaled), Console(quiet=True))
-        executor.start(None, None, lambda: False)
-        try:
-            for step in range(3):
-                plan, theta = plan_step(0, step, 25, 4), executor.publish()
-                if step < 2:
-                    executor.step(plan, theta, executor.run(plan, theta))
-                    continue
-                with pytest.raises(AdapterError, match=r"step 2, chunk .*Raises raised ZeroDivisionError.*faulty.py"):
-                    executor.step(plan, theta, executor.run(plan, theta))
-            scores.append(executor.evaluate(plan_evaluation(0, "val", 9, 4), executor.publish(), 1, ["transductive"]))
-            assert executor.state().step == 2
-        finally:
-            executor.close()
-    np.testing.assert_array_equal(scores[1].loss, scores[0].loss)
-    assert math.isfinite(float(scores[1].loss.sum()))

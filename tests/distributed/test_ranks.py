@@ -1,16 +1,25 @@
-"""ZeRO-1: shares of the optimizer on several ranks step theta as one optimizer does."""
+"""What ranks do together, without Ray: the exchange of sums, and ZeRO-1's shares of the optimizer."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from metadist.core.meta_gradient import Sums
 from metadist.core.outer import OuterLoop, OuterSettings
+from metadist.core.plan import Range
+from metadist.distributed.all_reduce import PeerFailedError, share_exactly, share_fast
 from metadist.distributed.zero import ShardedOuterLoop
 
 SIZE, RANKS, STEPS = 1003, 2, 6
+ASSIGNED = [[Range(0, 2), Range(4, 5)], [Range(2, 4)]]
+SUMS = {
+    span: Sums(np.float32([value, -value]), np.float32([value / 2]), np.float32([3.0]))
+    for span, value in ((Range(0, 2), 1.0), (Range(2, 4), 10.0), (Range(4, 5), 100.0))
+}
 OUTERS = [
     OuterSettings(lr=0.01, schedule="cosine", clip_norm=0.5),
     OuterSettings(optimizer="sgd", lr=0.05, momentum=0.9),
@@ -30,6 +39,21 @@ def begin(kind: type[OuterLoop], outer: OuterSettings, size: int = SIZE) -> Oute
     return kind(outer, torch.randn(size, generator=torch.Generator().manual_seed(99)), STEPS)
 
 
+def exchanges(rank: int) -> dict[str, object]:
+    """Three ranges over two ranks, exactly and fast, and with a second rank that failed."""
+    own = {span: SUMS[span] for span in ASSIGNED[rank]}
+    result: dict[str, object] = {}
+    for name, share in (("exact", share_exactly), ("fast", share_fast)):
+        result[name] = {
+            tuple(k): [part.tolist() for part in v] for k, v in share(ASSIGNED, own, [2, 1, 1], "cpu").items()
+        }
+        try:
+            share(ASSIGNED, own if rank == 0 else None, [2, 1, 1], "cpu")
+        except PeerFailedError:
+            result[f"{name} failed"] = True
+    return result
+
+
 def on_a_rank(rank: int, store: str) -> None:
     """All steps in shares, and half of them after half of them in one piece; rank 0 writes down what comes out."""
     torch.set_num_threads(1)
@@ -43,6 +67,7 @@ def on_a_rank(rank: int, store: str) -> None:
         steps(resumed, STEPS // 2, STEPS)
         held = [sum(t.numel() for s in loop.optimizer.optim.state.values() for t in s.values()) for loop in [whole]]
         found.append([(loop.theta.detach(), loop.optimizer_tensors()) for loop in (whole, resumed)] + held)
+    found.append(exchanges(rank))
     # Fewer numbers than one share's alignment: the second rank has none, and theta is stepped all the same.
     tiny = begin(ShardedOuterLoop, OUTERS[0], 5)
     tiny.step(0, torch.ones(5))
@@ -82,3 +107,20 @@ def test_theta_smaller_than_a_share_is_stepped_on_every_rank(found: list[list]) 
     assert math.isfinite(float(tiny.theta.detach().sum()))
     for rank in range(RANKS):
         assert torch.equal(found[rank][-1], tiny.theta)
+
+
+def test_every_rank_gets_every_ranges_sums_or_one_sum_of_all(found: list[list]) -> None:
+    for rank in range(RANKS):
+        exchanged = found[rank][-2]
+        assert exchanged["exact"] == {
+            (0, 2): [[1.0, -1.0], [0.5], [3.0]],
+            (4, 5): [[100.0, -100.0], [50.0], [3.0]],
+            (2, 4): [[10.0, -10.0], [5.0], [3.0]],
+        }
+        assert exchanged["fast"] == {(0, 5): [[111.0, -111.0], [55.5], [9.0]]}
+
+
+def test_a_rank_that_failed_is_known_to_all_of_them(found: list[list]) -> None:
+    for rank in range(RANKS):
+        assert found[rank][-2]["exact failed"]
+        assert found[rank][-2]["fast failed"]
