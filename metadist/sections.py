@@ -92,7 +92,8 @@ class FailureSettings:
     """`run.failure_config`, in the words of Ray's FailureConfig."""
 
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """How often a lost learner is replaced; -1 for always. Lost adapters are always replaced."""
+    """How often a lost learner, or with backend `train` the group of ranks, is replaced; -1 for always. Lost adapters
+    are always replaced."""
 
 
 @settings

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import ray.train
 import torch
 import torch.distributed as dist
 
@@ -75,7 +76,16 @@ class Rank:
         saved: LearnerState | None = ray.get(state[0])
         if saved is not None:
             self._learner.restore(saved)
-        return self._adapter.fingerprint()
+        return self._fingerprint()
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """The first rank of each node compiles; the others then find its code in the node's cache."""
+        is_first = ray.train.get_context().get_local_rank() == 0
+        try:
+            found = self._adapter.fingerprint() if is_first else None
+        finally:
+            dist.barrier()
+        return found or self._adapter.fingerprint()
 
     def step(self, plan: Plan, assigned: list[list[Range]]) -> dict[str, float]:
         """One outer step on the sums of the ranges that are assigned to each rank; gives its metrics."""
