@@ -5,7 +5,7 @@ under either backend, and ranks need not share a disk.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -14,6 +14,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from metadist.callbacks import Callback
 from metadist.core.batch_norm import BatchNormPolicy
 from metadist.core.meta_gradient import EpisodeScores
 from metadist.core.outer import OuterSettings
@@ -24,6 +25,8 @@ from metadist.distributed.executor import Counters
 from metadist.distributed.fingerprint import refuse_other
 from metadist.distributed.learner import LearnerState
 from metadist.distributed.rank import RankArguments
+from metadist.distributed.ray_metrics import RayMetrics
+from metadist.distributed.seconds import Seconds
 from metadist.errors import AdapterError, ClusterError, InterruptedRun, LearnerLostError, first_line
 from metadist.experiment import Experiment
 from metadist.sections import ScalingSettings
@@ -50,6 +53,8 @@ class TrainExecutor:
         disconnect: Callable[[], None] = lambda: None,
     ) -> None:
         self.counters = Counters()
+        self.seconds = Seconds()
+        self.callbacks: Sequence[Callback] = (RayMetrics(),)
         self._scaling = scaling
         self._max_failures = max_failures
         self._disconnect = disconnect
@@ -92,9 +97,11 @@ class TrainExecutor:
 
     def step(self, plan: Plan, theta: None, sums: dict[Range, int]) -> dict[str, float]:
         del theta
-        metrics: dict[str, float] = self._ask("step", plan, self._by_rank(sums))[0]
+        replies: list[tuple[dict[str, float], Seconds]] = self._ask("step", plan, self._by_rank(sums))
+        self.seconds = Seconds(*(sum(part) / self._size for part in zip(*(s for _, s in replies), strict=True)))
         self._done = plan
-        return metrics
+        # Every rank has made the same step.
+        return replies[0][0]
 
     def evaluate(self, plan: Plan, theta: None, inner_steps: int, policies: list[BatchNormPolicy]) -> EpisodeScores:
         assigned = self._by_rank(self.run(plan, theta))
