@@ -22,6 +22,9 @@ from metadist.sections import ScalingSettings
 Call = tuple[int, str, tuple[Any, ...]]
 """Its number, the name of a method of `Rank`, the arguments."""
 
+ROOM_S = 15.0
+"""How long a group waits for its room until Ray Train counts again how many ranks have some: just after a node was lost
+it still counts that one. The driver gives up after `scaling.start_timeout_s`."""
 THREADS_BESIDE_RANKS = 8
 """Of the conductor: for `fit`, for the driver's calls, and for threads of a group that is gone."""
 
@@ -43,7 +46,7 @@ class Conductor:
         # Paths in a config are relative to where the run was started, not to a directory of the trainer.
         os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(scaling.start_timeout_s))
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(min(ROOM_S, scaling.start_timeout_s / 4)))
         # The ignored types: checkers see Ray Train v1, where the driver runs v2.
         with tempfile.TemporaryDirectory(prefix="metadist-train-") as scratch:
             TorchTrainer(
@@ -61,8 +64,7 @@ class Conductor:
                     name="ranks",
                     # The run directory is the driver's: Ray Train keeps only its own notes, and those for nobody.
                     storage_path=scratch,
-                    # The driver gives up as well when no group starts in time.
-                    failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=0),  # type: ignore[call-arg]
+                    failure_config=FailureConfig(max_failures=max_failures),
                     callbacks=[_Watch(me)],  # type: ignore[list-item]
                 ),
             ).fit()

@@ -24,6 +24,7 @@ def local_ray(ray_home: dict[str, str]) -> Iterator[None]:
     """One local Ray for a module's tests; `MetaTrainer` joins what is there."""
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    # Left out, the address would be that of a cluster that somebody else runs on this machine.
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
