@@ -25,6 +25,24 @@ class Sizes(NamedTuple):
     queries: int
 
 
+class EpisodeClass(NamedTuple):
+    """One class of an episode."""
+
+    name: str
+    superclass: str | None
+    turn: int
+    """Quarter turns of its images."""
+
+
+class _Drawn(NamedTuple):
+    """What an episode takes of one class."""
+
+    class_id: int
+    turn: int
+    examples: np.ndarray
+    """int64 `[shots + queries]`: where they lie in the pool."""
+
+
 @settings
 class FewShot:
     """N-way k-shot episodes (Vinyals et al. 2016, arXiv:1606.04080, sec. 4.1).
@@ -123,8 +141,27 @@ class FewShotSource:
             examples(episodes[:, :, : sizes.shots], sizes.shots), examples(episodes[:, :, sizes.shots :], sizes.queries)
         )
 
+    def classes_of(self, key: TaskKey) -> list[EpisodeClass]:
+        """The classes of one episode, in the order of their labels."""
+        drawn = self._choose(key, self.settings.sizes(key.split))
+        return [EpisodeClass(self.pool.classes[c.class_id], self.pool.superclasses[c.class_id], c.turn) for c in drawn]
+
+    def family_of(self, key: TaskKey) -> str | None:
+        """The superclass that all classes of an episode share; None where there is none."""
+        (family, *others) = {each.superclass for each in self.classes_of(key)}
+        return None if others else family
+
     def _draw(self, key: TaskKey, sizes: Sizes) -> np.ndarray:
         """The examples of one episode, `[ways, shots + queries, *input_shape]`."""
+        examples = self.pool.examples
+        return np.stack(
+            [
+                np.rot90(examples[c.examples], c.turn, axes=(-2, -1)) if c.turn else examples[c.examples]
+                for c in self._choose(key, sizes)
+            ]
+        )
+
+    def _choose(self, key: TaskKey, sizes: Sizes) -> list[_Drawn]:
         s, pool, random = self.settings, self.pool, generator(key)
         turns = 4 if s.rotate_classes else 1
         ids = pool.class_ids[key.split]
@@ -139,5 +176,5 @@ class FewShotSource:
             class_id, turn = ids[number // turns], number % turns
             start, stop = pool.starts[class_id], pool.starts[class_id + 1]
             chosen = start + random.choice(stop - start, sizes.shots + sizes.queries, replace=False)
-            drawn.append(np.rot90(pool.examples[chosen], turn, axes=(-2, -1)) if turn else pool.examples[chosen])
-        return np.stack(drawn)
+            drawn.append(_Drawn(int(class_id), int(turn), chosen))
+        return drawn

@@ -36,6 +36,10 @@ class FunctionShapes:
             kind="regression", input_shape=(1,), output_size=1, support_size=self.shots, query_size=self.queries
         )
 
+    def family_of(self, key: TaskKey) -> str:
+        """The shape of a task's function."""
+        return SHAPES[int(_shape(generator(key).random(1))[0])]
+
     def sample(self, keys: Sequence[TaskKey]) -> EpisodeBatch:
         points = self.shots + self.queries
         u = np.empty((len(keys), 5 + points))
@@ -43,7 +47,7 @@ class FunctionShapes:
         for row, key in enumerate(keys):
             random = generator(key)
             u[row], noise[row] = random.random(5 + points), random.standard_normal(points)
-        shape = np.minimum((u[:, :1] * len(SHAPES)).astype(int), len(SHAPES) - 1)
+        shape = _shape(u[:, :1])
         amplitude = 0.5 + 2.5 * u[:, 1:2]
         signed = np.where(u[:, 2:3] < 0.5, -amplitude, amplitude)
         centre, offset = 6 * u[:, 3:4] - 3, 2 * u[:, 4:5] - 1
@@ -57,3 +61,8 @@ class FunctionShapes:
         ]
         y = np.choose(shape, curves) + offset + self.noise * noise
         return regression_batch(x, y, self.shots)
+
+
+def _shape(u: np.ndarray) -> np.ndarray:
+    """Numbers of shapes, of uniform numbers in [0, 1)."""
+    return np.minimum((u * len(SHAPES)).astype(int), len(SHAPES) - 1)

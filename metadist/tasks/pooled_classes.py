@@ -13,7 +13,7 @@ from metadist.core.keys import TaskKey, generator
 from metadist.core.settings import settings
 from metadist.errors import DataError
 from metadist.tasks.class_pool import read_pool
-from metadist.tasks.few_shot import Count, FewShot, FewShotSource, Ways
+from metadist.tasks.few_shot import Count, EpisodeClass, FewShot, FewShotSource, Ways
 
 
 @settings
@@ -91,6 +91,14 @@ class PooledClassesSource:
             x = x.astype(np.float32) / np.float32(255)
         query = Examples(torch.from_numpy(x), torch.from_numpy(y))
         return EpisodeBatch(Examples(query.x[:, :0], query.y[:, :0]), query)
+
+    def classes_of(self, key: TaskKey) -> list[EpisodeClass]:
+        """The classes of one episode of val or test, in the order of their labels."""
+        return self.few_shot.classes_of(key)
+
+    def family_of(self, key: TaskKey) -> str | None:
+        """As of `few_shot`."""
+        return self.few_shot.family_of(key)
 
     def _draw(self, key: TaskKey) -> tuple[np.ndarray, np.ndarray]:
         """One mini-batch: `[batch_size, *input_shape]` and its labels."""

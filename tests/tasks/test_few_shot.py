@@ -271,3 +271,36 @@ def test_only_square_images_can_be_turned(tmp_path):
     write_pool(flat, tmp_path / "flat.parquet")
     with pytest.raises(DataError, match=r"rotate_classes needs square images, got 6 x 4 pixels"):
         FewShot(pool=str(tmp_path / "flat.parquet"), rotate_classes=True).open()
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+def test_the_classes_of_an_episode_are_those_of_its_images_in_the_order_of_their_labels(tmp_path, rotate):
+    path, names = image_pool(tmp_path)
+    source = FewShot(pool=path, ways=4, shots=1, queries=2, rotate_classes=rotate).open()
+    for task in range(10):
+        key = TaskKey(0, "test", 0, task)
+        pixels = (source.sample([key]).support.x[0].numpy() * 255).round().astype(np.uint8)
+        drawn = [names[image.tobytes()][:2] for image in pixels]
+        told = source.classes_of(key)
+        assert [(each.name, each.turn) for each in told] == [(f"class {number}", turn) for number, turn in drawn]
+        assert any(each.turn for each in told) == rotate
+
+
+def test_the_family_of_an_episode_is_the_superclass_that_all_its_classes_share(tmp_path):
+    rows = [
+        PoolRow(f"{split}{number}", "odd" if number % 2 and split == "test" else "even", split, features=[float(row)])
+        for split in ("train", "test")
+        for number in range(4)
+        for row in range(2)
+    ]
+    write_pool(rows, tmp_path / "pool.parquet")
+    source = FewShot(pool=str(tmp_path / "pool.parquet"), ways=2).open()
+    found = set()
+    for task in range(30):
+        key = TaskKey(0, "test", 0, task)
+        superclasses = {each.superclass for each in source.classes_of(key)}
+        family = superclasses.pop() if len(superclasses) == 1 else None
+        assert source.family_of(key) == family
+        found.add(family)
+    assert found == {"odd", "even", None}
+    assert source.family_of(TaskKey(0, "train", 0, 0)) == "even"

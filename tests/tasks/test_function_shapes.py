@@ -110,3 +110,8 @@ def test_inputs_fill_the_interval():
     x, _ = points(FunctionShapes(shots=20, queries=20))
     assert -5 <= x.min() < -4.99
     assert 4.99 < x.max() <= 5
+
+
+def test_the_family_of_a_task_is_the_shape_that_its_points_have(recognised):
+    told = [FunctionShapes().family_of(TaskKey(0, "train", 0, task)) for task in range(TASKS)]
+    assert told == [name for name, *_ in recognised]
