@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from metadist.errors import MetadistError, UserError
     from metadist.evaluation import evaluate
     from metadist.paired import Comparison
+    from metadist.reporting.report import Report, report
     from metadist.scores import Evaluation
     from metadist.sections import (
         CheckpointSettings,
@@ -49,6 +50,7 @@ _HOMES = {
     "metadist.errors": ("MetadistError", "UserError"),
     "metadist.evaluation": ("evaluate",),
     "metadist.paired": ("Comparison",),
+    "metadist.reporting.report": ("Report", "report"),
     "metadist.scores": ("Evaluation",),
     "metadist.sections": (
         "CheckpointSettings",
@@ -80,6 +82,7 @@ __all__ = [
     "MetaTrainer",
     "MetadistError",
     "OuterSettings",
+    "Report",
     "Result",
     "RunSettings",
     "ScalingSettings",
@@ -92,6 +95,7 @@ __all__ = [
     "generator",
     "load",
     "load_config",
+    "report",
     "settings",
 ]
 
