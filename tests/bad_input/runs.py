@@ -77,6 +77,11 @@ def empty_directory(place: Place) -> list[str]:
     return evaluate()
 
 
+def empty_directory_report(place: Place) -> list[str]:
+    (place.path / RUN).mkdir(parents=True)
+    return ["report", RUN]
+
+
 def other_files(place: Place) -> list[str]:
     place.write("text", "notes.txt")
     return ["evaluate", "notes.txt", "--workers", "0"]
@@ -236,6 +241,22 @@ DAMAGED_RUNS: dict[str, tuple[Prepare, str]] = {
     "evaluating with a binary config": (
         used_run(replace("config.yaml", b"\xff\xfe\x00"), then=evaluate()),
         f"{RUN}/config.yaml is damaged: it is no text. Restore it.",
+    ),
+    "reporting on no run": (
+        empty_directory_report,
+        f"{RUN} is no run directory: it holds no config.yaml. Give the directory that `metadist train` printed.",
+    ),
+    "reporting on a torn evaluation": (
+        used_run(lambda directory: (directory / "evaluation.json").write_text('{"split": "te'), then=["report", RUN]),
+        f"{RUN}/evaluation.json: not valid JSON",
+    ),
+    "reporting on an evaluation that is a list": (
+        used_run(lambda directory: (directory / "evaluation.json").write_text("[1]"), then=["report", RUN]),
+        f"{RUN}/evaluation.json: must hold a JSON object. Restore or remove it.",
+    ),
+    "reporting on a step without checkpoint": (
+        used_run(then=["report", RUN, "--step", "7"]),
+        f"{RUN} has no checkpoint of step 7; it has 1, 2. Choose one.",
     ),
     "fingerprint lost": (
         used_run(remove("fingerprint.json"), then=resume()),
