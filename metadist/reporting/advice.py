@@ -59,6 +59,17 @@ def _evaluation_is_old(f: Findings) -> str | None:
     )
 
 
+def _diverged(f: Findings) -> str | None:
+    a = f.adaptation
+    if a is None or np.isfinite(a.loss[:, a.steps]).all():
+        return None
+    lost = int((~np.isfinite(a.loss[:, a.steps])).sum())
+    return (
+        f"Adapting diverges on {lost} of {len(a.loss)} tasks: the loss is not finite after {_steps(a.steps)}. Lower"
+        " `algorithm.inner_lr`, or take fewer steps at test, `--set evaluation.inner_steps=1`."
+    )
+
+
 def _near_chance(f: Findings) -> str | None:
     own = _own(f)
     if not own or own["accuracy"] is None or f.experiment is None:
@@ -78,6 +89,8 @@ def _adapting_does_not_help(f: Findings) -> str | None:
     if a is None or not a.steps:
         return None
     gain = _gain(f, 0, a.steps)
+    if not np.isfinite(gain["mean"]):
+        return None
     if gain["mean"] - gain["ci95"] > 0:
         return None
     return (
@@ -93,7 +106,7 @@ def _more_inner_steps(f: Findings) -> str | None:
         return None
     last = a.loss.shape[1] - 1
     gain = _gain(f, a.steps, last)
-    if gain["mean"] - gain["ci95"] <= 0 or gain["mean"] < _clear(f, a.steps):
+    if not gain["mean"] - gain["ci95"] > 0 or gain["mean"] < _clear(f, a.steps):
         return None
     return (
         f"{_Score(f)} still {'rises' if _accurate(f) else 'falls'} at the last inner step: {_steps(last)} instead of"
@@ -108,7 +121,7 @@ def _fewer_inner_steps(f: Findings) -> str | None:
     scores = _scores(f)[:, : a.steps + 1].mean(0)
     best = int(scores.argmax())
     gain = _gain(f, a.steps, best)
-    if best in (0, a.steps) or gain["mean"] - gain["ci95"] <= 0 or gain["mean"] < _clear(f, a.steps):
+    if best in (0, a.steps) or not gain["mean"] - gain["ci95"] > 0 or gain["mean"] < _clear(f, a.steps):
         return None
     return (
         f"Adapting goes too far: {_steps(best)} instead of {a.steps} give {_difference(f, gain)}. Try"
@@ -280,6 +293,7 @@ def _untrusted_validation(f: Findings) -> str | None:
 RULES: list[Callable[[Findings], str | None]] = [
     _unfinished,
     _evaluation_is_old,
+    _diverged,
     _near_chance,
     _adapting_does_not_help,
     _more_inner_steps,

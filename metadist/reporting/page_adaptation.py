@@ -211,7 +211,7 @@ def _regression_tasks(f: Findings, a: Adaptation) -> str:
 def task_map(f: Findings) -> str:
     """Tasks on two principal components of their embedding."""
     a = f.adaptation
-    if a is None or len(a.episodes) < 3:
+    if a is None or len(a.episodes) < 3 or not np.isfinite(a.embedding).all():
         return ""
     places, shares = principal_components(a.embedding)
     chart = Chart(

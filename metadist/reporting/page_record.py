@@ -1,5 +1,6 @@
 """Sections drawn from what the run directory holds: the head, training, evaluation, calibration, environment."""
 
+import math
 from html import escape
 from itertools import pairwise
 from typing import Any
@@ -43,6 +44,8 @@ def _plain_result(record: Record) -> str:
             f'<p class="lead">On {e["episodes"]:,} new tasks of the {e["split"]} split the mean squared error'
             f" {adapting} is {_interval(last['loss'], 3)}{before}.</p>"
         )
+    if last["accuracy"]["mean"] is None:
+        return ""
     mean, half = last["accuracy"]["mean"], last["accuracy"]["ci95"] or 0
     return (
         f'<p class="lead">Of 100 query examples of new {e["split"]} tasks, {100 * mean:.0f} are named rightly'
@@ -195,7 +198,7 @@ def evaluation(f: Findings) -> str:
     tried = f.adaptation.loss.shape[1] - 1 if f.adaptation and e["step"] == f.step else e["inner_steps"]
     last = max(e["inner_steps"], tried)
     every = [
-        scale * (row[name]["mean"] + sign * (row[name]["ci95"] or 0))
+        scale * (_number(row[name]["mean"]) + sign * (row[name]["ci95"] or 0))
         for policy in e["policies"]
         for row in policy["per_inner_step"]
         for sign in (-1, 1)
@@ -220,7 +223,7 @@ def evaluation(f: Findings) -> str:
     for policy, colour in zip(e["policies"], ("blue", "orange"), strict=False):
         rows = policy["per_inner_step"]
         x = [row["inner_step"] for row in rows]
-        y = [scale * row[name]["mean"] for row in rows]
+        y = [scale * _number(row[name]["mean"]) for row in rows]
         half = [scale * (row[name]["ci95"] or 0) for row in rows]
         label = "" if policy["batch_norm"] == NO_BATCH_NORM else f"batch norm: {policy['batch_norm']}"
         chart.band(
@@ -228,7 +231,8 @@ def evaluation(f: Findings) -> str:
         )
         chart.line(x, y, colour)
         for a, b, c in zip(x, y, half, strict=True):
-            chart.whisker(a, b - c, b + c, colour)
+            if math.isfinite(b):
+                chart.whisker(a, b - c, b + c, colour)
         chart.points(
             x, y, colour, [f"after {_steps(a)}: {b:.4g} ± {c:.2g}" for a, b, c in zip(x, y, half, strict=True)], label
         )
@@ -286,7 +290,7 @@ def calibration(f: Findings) -> str:
                     f"{colour} hollow",
                     f"{b['count']} predictions",
                 )
-        some = [b for b in c["bins"] if b["count"]]
+        some = [b for b in c["bins"] if b["count"] and b["confidence"] is not None]
         x, y = [100 * b["confidence"] for b in some], [100 * b["accuracy"] for b in some]
         chart.line(x, y, colour)
         chart.points(x, y, colour, [f"{b['count']} predictions" for b in some], "accuracy")
@@ -352,6 +356,11 @@ def _interval(score: dict[str, Any], digits: int, scale: float = 1, unit: str = 
         return "not finite"
     half = "" if score["ci95"] is None else f"± {scale * score['ci95']:.{digits}f}"
     return f"{scale * score['mean']:.{digits}f} <small>{half}{unit}</small>"
+
+
+def _number(value: float | None) -> float:
+    """evaluation.json writes null for what is not finite."""
+    return math.nan if value is None else value
 
 
 def _bounded(limits: tuple[float, float], accurate: bool) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from metadist.run_directory import RunDirectory
 from metadist.tracking import METRICS_FILE
 
 EVENTS = "tensorboard"
+_EVALUATION_KEYS = {"split", "episodes", "step", "batch_norm", "inner_steps", "accuracy", "loss", "ece", "policies"}
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,12 @@ def read_record(directory: RunDirectory) -> Record:
     notes: list[str] = []
     lines = _metric_lines(directory, notes)
     evaluation = _json(directory, "evaluation.json", notes)
+    if evaluation is not None and not evaluation.keys() >= _EVALUATION_KEYS:
+        missing = ", ".join(sorted(_EVALUATION_KEYS - evaluation.keys()))
+        raise RunDirectoryError(
+            f"{directory.location}/evaluation.json: has no {missing}. Evaluate again:"
+            f" metadist evaluate {directory.location}"
+        )
     fingerprint = _json(directory, "fingerprint.json", notes)
     sessions = _sessions(directory)
     if evaluation is None:
@@ -107,6 +114,9 @@ def _metric_lines(directory: RunDirectory, notes: list[str]) -> list[dict[str, A
         try:
             value = json.loads(line)
         except ValueError:
+            torn += 1
+            continue
+        if not isinstance(value, dict) or not isinstance(value.get("step"), int):
             torn += 1
             continue
         lines.append(value)

@@ -45,6 +45,12 @@ def adaptation(by_step, steps=2, spread=0.01):
     return Adaptation([], steps, 1 - accuracy, accuracy, [], np.zeros((40, 1)), "")
 
 
+def diverging(tasks):
+    found = adaptation([0.2, 0.8, 0.8])
+    found.loss[:tasks, -1] = np.inf
+    return found
+
+
 def moved(*cka):
     layers = [Movement(Layer(str(n), "Linear", ()), None, {"mean": value, "ci95": 0.01}) for n, value in enumerate(cka)]
     flat = adaptation([0.2, 0.8, 0.8, 0.8, 0.8])
@@ -87,6 +93,11 @@ CASES = {
         {"evaluated": evaluation(step=50)},
         "evaluation is of step 50 and the checkpoint of step 100",
         {"evaluated": evaluation(step=100)},
+    ),
+    "diverged": (
+        {"adaptation": diverging(3)},
+        "Adapting diverges on 3 of 40 tasks: the loss is not finite after 2 inner steps",
+        {"adaptation": diverging(0)},
     ),
     "near_chance": (
         {"evaluated": evaluation(0.21, alone=0.21, ci95=0.015)},

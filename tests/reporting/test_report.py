@@ -11,8 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 import metadist
+from metadist.algorithms import MAML
 from metadist.cli import cli
 from metadist.errors import RunDirectoryError
+from metadist.models import MLP
 from metadist.reporting.explanation import has_captum
 from metadist.reporting.report import Report
 from metadist.sections import EvaluationSettings, TrainingSettings
@@ -187,6 +189,26 @@ def test_a_pool_that_is_gone_leaves_what_was_recorded(image_run: Path, tmp_path:
         "Nothing was computed from the checkpoint: gone.parquet: no such class pool."
     )
     assert {"training", "evaluation", "calibration"} <= page_of(report).ids.keys()
+
+
+def test_a_run_that_diverges_at_test_has_a_report_that_says_so(tmp_path: Path) -> None:
+    wild = config(
+        tmp_path,
+        "wild",
+        task=Sinusoid(shots=5, queries=6),
+        model=MLP(hidden=(8,)),
+        algorithm=MAML(inner_lr=20.0),
+        training=TrainingSettings(steps=1, meta_batch_size=2),
+        evaluation=EvaluationSettings(episodes=8, inner_steps=30),
+    )
+    done = metadist.MetaTrainer(wild).fit()
+    assert done.evaluation is not None
+    assert done.evaluation.as_dict()["loss"]["mean"] is None
+    report = metadist.report(done.run_dir, episodes=8)
+    assert "diverged" in [advice.rule for advice in report.advice]
+    page = page_of(report)
+    assert "not finite" in page.text[""]
+    assert not re.findall(r'(?:x|y|x1|x2|y1|y2|cx|cy|points|height|width)="[^"]*nan', Path(report.path).read_text())
 
 
 def test_a_model_of_ones_own_is_told_of_and_given_back_in_python(tmp_path: Path) -> None:
