@@ -113,7 +113,7 @@ class Conductor:
             if not self._over(group):
                 return [self._replies[rank] for rank in range(self._size)]
             if self._lost is None and self._group != group:
-                return RanksResizedError(f"there are {self._size} ranks now, and all were started anew")
+                return RanksResizedError(f"all ranks were started anew, now {self._size} of them")
             return LearnerLostError(self._lost or "the ranks were ended")
 
     def ranks_lost(self) -> int:

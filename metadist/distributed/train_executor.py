@@ -167,17 +167,17 @@ class TrainExecutor:
                     f" scaling.start_timeout_s = {self._scaling.start_timeout_s:g} s. See `ray status` for what the"
                     " cluster lacks, lower --workers, or raise the timeout."
                 )
-        self._group, self._size = ray.get(coming)
+        self._group, self._size = _value(coming)
 
     def _ask(self, method: str, *arguments: Any) -> list[Any]:
         """The replies of all ranks. Raises the error of one that failed, LearnerLostError where the group is gone."""
         call = self._conductor.ask.remote(self._group, method, *arguments)
         while not self._is_there(call):
             pass
-        replies = ray.get(call)
+        replies = _value(call)
         if isinstance(replies, LearnerLostError):
             self.counters.learners_lost += 1
-            self.counters.adapters_lost = ray.get(self._conductor.ranks_lost.remote())
+            self.counters.adapters_lost = _value(self._conductor.ranks_lost.remote())
             raise replies
         for reply in replies:
             if isinstance(reply, Exception) and not isinstance(reply, PeerFailedError):
@@ -188,10 +188,16 @@ class TrainExecutor:
         """Whether a call of the conductor is done, after at most `POLL_S`. Raises where Ray Train gave up."""
         ready, _ = ray.wait([call, self._fit], num_returns=1, timeout=POLL_S)
         if call not in ready and self._fit in ready:
-            try:
-                ray.get(self._fit)
-            except RayTaskError as error:
-                cause = error.cause or error
-                raise AdapterError(f"Ray Train gave up: {first_line(cause)}") from None
+            _value(self._fit)
             raise AdapterError("Ray Train ended the ranks before the run was done. Resume the run.")
         return call in ready
+
+
+def _value(call: ray.ObjectRef) -> Any:
+    """What a call of the conductor gave. Raises AdapterError where Ray Train gave up, or the conductor died."""
+    try:
+        return ray.get(call)
+    except RayTaskError as error:
+        raise AdapterError(f"Ray Train gave up: {first_line(error.cause or error)}. Resume the run.") from None
+    except RayError as error:
+        raise AdapterError(f"the conductor of the ranks was lost: {first_line(error)}. Resume the run.") from None
