@@ -87,6 +87,12 @@ def import_group() -> None:
     show_default=True,
     help="How images are scaled; Finn et al. asked for lanczos and, from 1-bit images, got nearest.",
 )
+@click.option(
+    "--hold-out",
+    multiple=True,
+    metavar="ALPHABET",
+    help="An alphabet whose characters all go to test, such as Latin; may be given more than once.",
+)
 @seed_option
 @json_option
 def omniglot(
@@ -97,6 +103,7 @@ def omniglot(
     split: Literal["finn", "vinyals"],
     size: int,
     resample: Literal["lanczos", "nearest"],
+    hold_out: tuple[str, ...],
     seed: int | None,
     as_json: bool,
 ) -> None:
@@ -118,6 +125,7 @@ def omniglot(
             size=size,
             resample=resample,
             seed=DEFAULT_SEED if seed is None else seed,
+            hold_out=hold_out,
             progress=progress,
         )
     _print_summary(summary, as_json)

@@ -191,6 +191,20 @@ def test_finn_split_is_the_seeded_order_of_characters(tmp_path, omniglot):
     assert found[0] != found[1]
 
 
+def test_an_alphabet_that_is_held_out_lies_in_test_whole_and_nothing_else_moves(tmp_path, omniglot):
+    for number, hold_out in enumerate(([], ["Latin_(old)"])):
+        import_omniglot(tmp_path / f"{number}.parquet", source=omniglot, hold_out=hold_out, release=release())
+    before, after = splits_of(tmp_path / "0.parquet"), splits_of(tmp_path / "1.parquet")
+    held_out = {name for name in before if name.startswith("Latin_(old)/")}
+    assert any(before[name] != "test" for name in held_out)
+    assert after == before | dict.fromkeys(held_out, "test")
+
+
+def test_an_alphabet_that_is_none_is_refused_with_the_nearest_one(tmp_path, omniglot):
+    with pytest.raises(DataError, match=r"got 'latin'\. Did you mean 'Latin_"):
+        import_omniglot(tmp_path / "pool.parquet", source=omniglot, hold_out=["latin"], release=release())
+
+
 def test_shuffling_depends_on_names_and_seed_alone_and_never_changes():
     # pinned: words of Philox4x64-10 with key 1, which NumPy promises not to change
     assert "".join(shuffled("abcdefghij", 1)) == "dfcjhaigbe"

@@ -4,6 +4,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from hashlib import md5
 from pathlib import Path
 from typing import Literal
@@ -69,6 +70,7 @@ def import_omniglot(
     size: int = 28,
     resample: Literal["lanczos", "nearest"] = "lanczos",
     seed: int = 1,
+    hold_out: Sequence[str] = (),
     progress: Progress = no_progress,
     release: Release = OFFICIAL,
 ) -> ImportSummary:
@@ -81,7 +83,8 @@ def import_omniglot(
     `finn`: 1,100 train, 100 val and 423 test characters at random, as many as in the code of Finn et al.
     2017 (cbfinn/maml, data_generator.py, whose flag `test_set` picks the 100). Their shuffle depends on the
     order of a directory listing; ours is `shuffled(characters, seed)`. `vinyals`: the 1,028, 172 and 423 of
-    Vinyals et al. 2016, from lists beside the images.
+    Vinyals et al. 2016, from lists beside the images. Every character of the alphabets `hold_out` is moved to
+    test, whatever the split says of it, so that nothing of them is seen in training.
 
     Images are turned from 1 bit to grey before they are resized. Finn et al. ask Pillow for Lanczos on
     1-bit images, for which it takes the nearest pixel without a word; `resample="nearest"` gives that.
@@ -101,6 +104,7 @@ def import_omniglot(
             splits = _finn_split(list(drawings), release.finn, seed)
         else:
             splits = _vinyals_split(list(drawings), release, source, cache, progress)
+        splits |= dict.fromkeys(_characters_of(hold_out, list(drawings)), "test")
         rows = _rows(drawings, splits, size, resample, progress)
         examples = write_pool(rows, out)
     return summarise(out, examples, (1, size, size), splits.values(), sources)
@@ -161,6 +165,18 @@ def _by_character(files: Mapping[str, tuple[FileTree, str]]) -> dict[str, list[t
 def _finn_split(characters: Sequence[str], sizes: Mapping[str, int], seed: int) -> dict[str, str]:
     of_position = [split for split in SPLITS for _ in range(sizes[split])]
     return dict(zip(shuffled(characters, seed), of_position, strict=True))
+
+
+def _characters_of(alphabets: Sequence[str], characters: Sequence[str]) -> list[str]:
+    known = {character.split("/")[0] for character in characters}
+    for alphabet in alphabets:
+        if alphabet not in known:
+            close = get_close_matches(alphabet, known, n=1, cutoff=0.0)
+            raise DataError(
+                f"omniglot: --hold-out must name an alphabet of the {len(known)}, got {alphabet!r}. Did you mean"
+                f" {close[0]!r}?"
+            )
+    return [character for character in characters if character.split("/")[0] in alphabets]
 
 
 def _vinyals_split(
