@@ -11,6 +11,7 @@ from metadist.commands.compare import compare
 from metadist.commands.data import data
 from metadist.commands.doctor import doctor
 from metadist.commands.evaluate import evaluate
+from metadist.commands.predict import predict
 from metadist.commands.report import report
 from metadist.commands.train import train
 from metadist.errors import MetadistError
@@ -36,7 +37,7 @@ def cli() -> None:
     """Distributed meta-training on Ray: the same bits for any number of workers, failure or resume."""
 
 
-for command in (train, evaluate, adapt, compare, report, data, doctor):
+for command in (train, evaluate, adapt, predict, compare, report, data, doctor):
     cli.add_command(command)
 
 

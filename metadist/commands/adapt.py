@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 @click.option("--steps", type=click.IntRange(min=0), help="Inner steps; left out, cross-validation chooses them.")
 @click.option("--step", type=click.IntRange(min=0), help="The checkpoint of this outer step, instead of the newest.")
 @click.option("--predictions", metavar="FILE.csv", help="Where predictions for the query examples are written.")
+@click.option(
+    "--out", metavar="FILE|DIR", help="Export the model: NAME.onnx, NAME.pt2, or a directory for safetensors and JSON."
+)
 @json_option
 def adapt(
     run: str,
@@ -29,6 +32,7 @@ def adapt(
     steps: int | None,
     step: int | None,
     predictions: str | None,
+    out: str | None,
     as_json: bool,
 ) -> None:
     """Adapt RUN's model to your own examples, and predict others.
@@ -52,6 +56,10 @@ def adapt(
     rows = _predictions(model, asked) if asked else []
     if predictions:
         _write(rows, Path(predictions))
+    if out:
+        from metadist.export import export_model
+
+        export_model(model, out)
     result = {
         "run_dir": loaded.location,
         "step": loaded.step,
@@ -64,11 +72,14 @@ def adapt(
         "query_examples": len(rows),
         "query_score": model.score(asked.x, asked.y) if asked and asked.y is not None else None,
         "predictions": rows,
+        "exported": out,
     }
     if as_json:
         print_json(result)
         return
     _show(model, result, predictions)
+    if out:
+        click.echo(f"exported     {out}")
 
 
 def _predictions(model: "AdaptedModel", asked: "LabelledExamples") -> list[dict[str, Any]]:

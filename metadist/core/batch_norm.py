@@ -28,8 +28,8 @@ class EpisodicBatchNorm(nn.Module):
     """Batch norm whose statistics come from a stated source, as a pure function of its tensors.
 
     Stands in for `nn.BatchNorm1d/2d/3d` under the same parameter and buffer names. `x: [examples,
-    channels, ...]`. Never writes its buffers; with `record` set it leaves the set's mean and unbiased
-    variance in `recorded` for the caller to take.
+    channels, ...]`. Never writes its buffers; with `record` set it leaves the set's mean, its unbiased
+    variance and the number of values behind them in `recorded` for the caller to take.
     """
 
     def __init__(self, layer: nn.modules.batchnorm._BatchNorm, source: Source, reference_size: int, record: bool):
@@ -41,7 +41,7 @@ class EpisodicBatchNorm(nn.Module):
         self.source: Source = source
         self.reference_size = reference_size
         self.record = record
-        self.recorded: tuple[Tensor, Tensor] | None = None
+        self.recorded: tuple[Tensor, Tensor, int] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.source == "running":
@@ -49,7 +49,7 @@ class EpisodicBatchNorm(nn.Module):
             return F.batch_norm(x, mean, variance, self.weight, self.bias, training=False, eps=self.eps)
         axes = [axis for axis in range(x.dim()) if axis != 1]
         if self.record:
-            self.recorded = (x.mean(axes), x.var(axes, unbiased=True))
+            self.recorded = (x.mean(axes), x.var(axes, unbiased=True), x.numel() // x.shape[1])
         if self.source == "own":
             return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
         shape = [1, -1] + [1] * (x.dim() - 2)

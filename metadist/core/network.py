@@ -141,14 +141,26 @@ class Network:
             {name: torch.stack([recorded[name] for recorded in steps]) for name in self.statistics_layout.shapes}
         )
 
-    def _recorded(self, params: Params, x: Tensor) -> Params:
-        module = self.skeletons["record", True]
+    def frozen(self, params: Params, x: Tensor) -> "Network":
+        """This network for use, its batch norms held at the statistics that the set `x` has under `params`.
+
+        Its outputs for an example depend on no other example, and are those of the policy `support` with the
+        reference `x`.
+        """
+        statistics = self._recorded(params, x, training=False, biased=True)
+        return dataclasses.replace(self, policy="running", training=False, statistics=statistics)
+
+    def _recorded(self, params: Params, x: Tensor, *, training: bool = True, biased: bool = False) -> Params:
+        module = self.skeletons["record", training]
         functional_call(module, {name: value.detach() for name, value in self._model_params(params).items()}, (x,))
         recorded = {}
         for name, layer in module.named_modules():
             if isinstance(layer, EpisodicBatchNorm):
                 assert layer.recorded is not None
-                recorded[f"{name}.running_mean"], recorded[f"{name}.running_var"] = layer.recorded
+                mean, variance, count = layer.recorded
+                # What normalises a set is its biased variance; what running averages keep is the unbiased one.
+                recorded[f"{name}.running_mean"] = mean
+                recorded[f"{name}.running_var"] = variance * (count - 1) / count if biased else variance
                 layer.recorded = None
         return recorded
 
