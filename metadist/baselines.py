@@ -62,7 +62,7 @@ def scratch(run: "LoadedRun", support: Examples, ways: int, x: Tensor) -> Tensor
 
     for _ in range(SCRATCH_STEPS):
         optimizer.zero_grad()
-        F.cross_entropy(scores(support.x, None), support.y).backward()  # type: ignore[no-untyped-call]
+        F.cross_entropy(scores(support.x, None), support.y).backward()
         optimizer.step()
     with torch.no_grad():
         return scores(x, support.x)[:, :ways]

@@ -71,8 +71,8 @@ def task_statistics(run: "LoadedRun", space: FeatureSpace, support: Examples, wa
     halves = _halves(support, ways if run.spec.kind == "classification" else None)
     if halves:
         first, second = halves
-        parts = [_gradient(run, half, ways) for half in halves]
-        found["gradient_agreement"] = float(torch.cosine_similarity(*parts, dim=0, eps=TINY))
+        one, other = (_gradient(run, half, ways) for half in halves)
+        found["gradient_agreement"] = float(torch.cosine_similarity(one, other, dim=0, eps=TINY))
         left_out = [_losses(run, first, second, ways)[1], _losses(run, second, first, ways)[1]]
         found["loss_left_out"] = sum(left_out) / 2
     return {name: found[name] for name in UNUSUAL if name in found}
