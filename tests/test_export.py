@@ -51,7 +51,7 @@ def models(tmp_path_factory):
     rows = [PoolRow(f"c{n}", None, split, image=png(16, 16, 10 * n + k)) for n, split in classes for k in range(2)]
     write_pool(rows, place / "pool.parquet")
 
-    def adapted(algorithm, labels):
+    def adapted(algorithm, labels, steps=None):
         config = tiny_config(
             task=FewShot(pool=str(place / "pool.parquet"), ways=3, shots=1),
             model=Conv4(filters=4),
@@ -61,11 +61,11 @@ def models(tmp_path_factory):
             ),
             run=RunSettings(name=type(algorithm).__name__, storage_path=str(place)),
         )
-        return load(MetaTrainer(config).fit(evaluate=False).run_dir).adapt(images(len(labels)), labels)
+        return load(MetaTrainer(config).fit(evaluate=False).run_dir).adapt(images(len(labels)), labels, steps=steps)
 
     return {
         "proto_net": adapted(ProtoNet(), ["ant", "bee", "cat", "dog", "ant"]),
-        "maml": adapted(MAML(inner_lr=0.05, inner_steps=1), [30, 10, 30, 10]),
+        "maml": adapted(MAML(inner_lr=0.5, inner_steps=5), [30, 10, 30, 10], steps=5),
     }
 
 
