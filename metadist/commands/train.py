@@ -2,14 +2,11 @@
 
 import dataclasses
 import shlex
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from metadist.commands.output import json_option, print_json, progress_console, result_console
-
-if TYPE_CHECKING:
-    from metadist.config import Config
 
 
 def workers_option(context: click.Context, parameter: click.Parameter, value: str | None) -> Any:
@@ -56,15 +53,24 @@ def train(
 ) -> None:
     """Meta-train CONFIG, a YAML file."""
     from metadist.config import load_config
-    from metadist.errors import InterruptedRun
+    from metadist.errors import InterruptedRun, UserError
     from metadist.pictures import picture_of
     from metadist.run_directory import RunDirectory
     from metadist.training import MetaTrainer
 
-    settings = with_options(load_config(config, overrides), run_dir, workers, address)
-    scaling = settings.scaling
+    settings = load_config(config, overrides)
+    scaling, run = settings.scaling, settings.run
+    if workers is not None:
+        scaling = dataclasses.replace(scaling, num_workers=workers)
+    if address is not None:
+        scaling = dataclasses.replace(scaling, address=address)
+    if run_dir is not None:
+        parent, _, name = run_dir.rstrip("/").rpartition("/")
+        if name in ("", ".", ".."):
+            raise UserError(f"--run-dir must end in the run's own name, got {run_dir!r}. For example: runs/my_run.")
+        run = dataclasses.replace(run, storage_path=parent or ("/" if run_dir.startswith("/") else "."), name=name)
     trainer = MetaTrainer(
-        settings,
+        dataclasses.replace(settings, scaling=scaling, run=run),
         resume=resume,
         allow_numeric_drift=allow_numeric_drift,
         console=progress_console(),
@@ -96,20 +102,3 @@ def train(
     click.echo(f"theta          sha256 {result.theta_sha256}")
     lost = f", {result.adapters_lost} adapters lost, {result.chunks_recomputed} chunks recomputed"
     click.echo(f"step {result.step}, {result.tasks_per_second:,.0f} tasks/s{lost if result.adapters_lost else ''}")
-
-
-def with_options(config: "Config", run_dir: str | None, workers: Any, address: str | None) -> "Config":
-    """The config with what the command line says of its sections `scaling` and `run`. Raises UserError."""
-    from metadist.errors import UserError
-
-    scaling, run = config.scaling, config.run
-    if workers is not None:
-        scaling = dataclasses.replace(scaling, num_workers=workers)
-    if address is not None:
-        scaling = dataclasses.replace(scaling, address=address)
-    if run_dir is not None:
-        parent, _, name = run_dir.rstrip("/").rpartition("/")
-        if name in ("", ".", ".."):
-            raise UserError(f"--run-dir must end in the run's own name, got {run_dir!r}. For example: runs/my_run.")
-        run = dataclasses.replace(run, storage_path=parent or ("/" if run_dir.startswith("/") else "."), name=name)
-    return dataclasses.replace(config, scaling=scaling, run=run)
