@@ -87,11 +87,6 @@ class RunDirectory:
         with self.file_system.open_output_stream(target) as stream:
             stream.write(content)
 
-    def delete(self, name: str) -> None:
-        """Removes a file. Raises MetadistError."""
-        with writing(f"{self.location}/{name}"):
-            self.file_system.delete_file(f"{self.path}/{name}")
-
     def read_json(self, name: str) -> Any:
         """A JSON file's value. Raises RunDirectoryError where it is missing or torn."""
         try:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.text import Text
 
 from metadist.callbacks import Callback
 from metadist.config import Config
@@ -25,7 +24,6 @@ from metadist.evaluation import evaluate_with, save_evaluation
 from metadist.experiment import check_splits, make_experiment
 from metadist.interrupts import interruptible
 from metadist.journal import Journal
-from metadist.lease import Lease
 from metadist.pictures import draw_timeline, draw_training
 from metadist.resume import Resume, open_run
 from metadist.run_directory import RunDirectory
@@ -97,17 +95,12 @@ class MetaTrainer:
         check_splits(experiment.source, config.training.seed, sorted(used))
         with ExitStack() as stack:
             directory = RunDirectory(config.run_directory)
-            lease = Lease(directory, lambda text: console.print(Text(text, "yellow")))
-            stack.callback(lease.release)
             stack.callback(directory.close)
-            if directory.exists("config.yaml"):
-                lease.acquire()
             state, expected = open_run(directory, config, experiment, self._resume, self._allow_numeric_drift, console)
-            lease.acquire()
             executor = make_executor(config, experiment, console)
             stack.callback(executor.close)
             # After Ray has started: it puts a SIGTERM handler of its own in place.
-            stop = lease.guard(stack.enter_context(interruptible(console)))
+            stop = stack.enter_context(interruptible(console))
             fingerprint = executor.start(state, expected, stop)
             directory.write_json("fingerprint.json", fingerprint)
             callbacks = [*executor.callbacks, *self._callbacks]
