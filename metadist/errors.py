@@ -33,6 +33,10 @@ class RunDirectoryError(UserError):
     """A run directory is missing, belongs to another config, or holds no usable checkpoint."""
 
 
+class LeaseError(UserError):
+    """Another process trains in the run directory."""
+
+
 class ClusterError(UserError):
     """The cluster cannot be reached, refuses us, or is too small for what is asked."""
 
@@ -59,6 +63,10 @@ class LearnerLostError(MetadistError):
 
 class RanksResizedError(LearnerLostError):
     """The cluster has room for another number of ranks; training goes on from the last checkpoint with them."""
+
+
+class LeaseLostError(MetadistError):
+    """This process was silent for so long that another has taken over its run directory."""
 
 
 class InterruptedRun(MetadistError):

@@ -24,6 +24,7 @@ from metadist.evaluation import evaluate_with, save_evaluation
 from metadist.experiment import check_splits, make_experiment
 from metadist.interrupts import interruptible
 from metadist.journal import Journal
+from metadist.lease import Lease
 from metadist.pictures import draw_timeline, draw_training
 from metadist.resume import Resume, open_run
 from metadist.run_directory import RunDirectory
@@ -94,6 +95,8 @@ class MetaTrainer:
         used = {"train", *(["val"] if config.evaluation.every else []), *([config.evaluation.split] * evaluate)}
         check_splits(experiment.source, config.training.seed, sorted(used))
         with ExitStack() as stack:
+            # Given back last, after the last upload.
+            lease = stack.enter_context(Lease(config.run_directory, console))
             directory = RunDirectory(config.run_directory)
             stack.callback(directory.close)
             state, expected = open_run(directory, config, experiment, self._resume, self._allow_numeric_drift, console)
@@ -103,7 +106,7 @@ class MetaTrainer:
             stop = stack.enter_context(interruptible(console))
             fingerprint = executor.start(state, expected, stop)
             directory.write_json("fingerprint.json", fingerprint)
-            callbacks = [*executor.callbacks, *self._callbacks]
+            callbacks = [lease, *executor.callbacks, *self._callbacks]
             journal = stack.enter_context(Journal(config, experiment, directory, console, state, callbacks))
             train(config, executor, journal, state, stop)
             draw_training(directory.local)

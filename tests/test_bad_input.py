@@ -136,7 +136,7 @@ def theta_of(command: list[str]) -> str:
     ("locked", "status", "message"),
     [
         ("runs", 2, f"{RUN}: the run directory cannot be made (Permission denied). Choose another --run-dir."),
-        (RUN, 1, f"{RUN}/config.yaml: could not be written (Permission denied). Free space or correct permissions"),
+        (RUN, 1, f"{RUN}/lease.json: could not be written (Permission denied). Free space or correct permissions"),
     ],
     ids=["parent", "run directory"],
 )
