@@ -14,6 +14,7 @@ from metadist.commands.evaluate import evaluate
 from metadist.commands.predict import predict
 from metadist.commands.report import report
 from metadist.commands.similar import similar
+from metadist.commands.submit import submit
 from metadist.commands.train import train
 from metadist.errors import MetadistError
 
@@ -38,7 +39,7 @@ def cli() -> None:
     """Distributed meta-training on Ray: the same bits for any number of workers, failure or resume."""
 
 
-for command in (train, evaluate, adapt, similar, predict, compare, report, data, doctor):
+for command in (train, submit, evaluate, adapt, similar, predict, compare, report, data, doctor):
     cli.add_command(command)
 
 

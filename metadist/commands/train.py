@@ -2,11 +2,17 @@
 
 import dataclasses
 import shlex
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from metadist.commands.output import json_option, print_json, progress_console, result_console
+
+if TYPE_CHECKING:
+    from metadist.config import Config
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def workers_option(context: click.Context, parameter: click.Parameter, value: str | None) -> Any:
@@ -22,72 +28,96 @@ def workers_option(context: click.Context, parameter: click.Parameter, value: st
     return int(value) if len(numbers) == 1 else (int(numbers[0]), int(numbers[1]))
 
 
-@click.command()
-@click.argument("config")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: training.steps=3000.")
-@click.option("--run-dir", metavar="DIR|URI", help="The run directory, instead of run.storage_path/run.name.")
-@click.option(
-    "--resume",
-    type=click.Choice(["auto", "never", "must"]),
-    default="auto",
-    show_default=True,
-    help="Go on from the run directory's last checkpoint.",
-)
-@click.option(
-    "--workers", callback=workers_option, metavar="N|MIN:MAX", help="Adapters; 0 trains in this process, without Ray."
-)
-@click.option("--address", metavar="ADDR", help="A Ray cluster to join, instead of $RAY_ADDRESS or a local one.")
-@click.option("--allow-numeric-drift", is_flag=True, help="Resume although versions or hardware compute other bits.")
-@click.option("--evaluate/--no-evaluate", "with_evaluation", default=True, help="Evaluate after the last step.")
-@json_option
-def train(
-    config: str,
-    overrides: tuple[str, ...],
-    run_dir: str | None,
-    resume: Any,
-    workers: Any,
-    address: str | None,
-    allow_numeric_drift: bool,
-    with_evaluation: bool,
-    as_json: bool,
-) -> None:
-    """Meta-train CONFIG, a YAML file."""
-    from metadist.config import load_config
-    from metadist.errors import InterruptedRun, UserError
-    from metadist.pictures import picture_of
-    from metadist.run_directory import RunDirectory
-    from metadist.training import MetaTrainer
+def run_options(function: F) -> F:
+    """CONFIG and the options that a run has wherever it is trained: `settings_of` and `train_arguments` take them."""
+    options = [
+        click.argument("config"),
+        click.option(
+            "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: training.steps=3000."
+        ),
+        click.option("--run-dir", metavar="DIR|URI", help="The run directory, instead of run.storage_path/run.name."),
+        click.option(
+            "--resume",
+            type=click.Choice(["auto", "never", "must"]),
+            default="auto",
+            show_default=True,
+            help="Go on from the run directory's last checkpoint.",
+        ),
+        click.option(
+            "--workers",
+            callback=workers_option,
+            metavar="N|MIN:MAX",
+            help="Adapters; 0 trains in this process, without Ray.",
+        ),
+        click.option(
+            "--allow-numeric-drift",
+            is_flag=True,
+            help="Resume although versions or hardware compute other bits.",
+        ),
+        click.option("--evaluate/--no-evaluate", "with_evaluation", default=True, help="Evaluate after the last step."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
 
-    settings = load_config(config, overrides)
-    scaling, run = settings.scaling, settings.run
-    if workers is not None:
-        scaling = dataclasses.replace(scaling, num_workers=workers)
-    if address is not None:
-        scaling = dataclasses.replace(scaling, address=address)
+
+def settings_of(config: str, options: dict[str, Any]) -> "Config":
+    """The config as the options change it."""
+    from metadist.config import load_config
+    from metadist.errors import UserError
+
+    settings = load_config(config, options["overrides"])
+    scaling, run, run_dir = settings.scaling, settings.run, options["run_dir"]
+    if options["workers"] is not None:
+        scaling = dataclasses.replace(scaling, num_workers=options["workers"])
     if run_dir is not None:
         parent, _, name = run_dir.rstrip("/").rpartition("/")
         if name in ("", ".", ".."):
             raise UserError(f"--run-dir must end in the run's own name, got {run_dir!r}. For example: runs/my_run.")
         run = dataclasses.replace(run, storage_path=parent or ("/" if run_dir.startswith("/") else "."), name=name)
+    return dataclasses.replace(settings, scaling=scaling, run=run)
+
+
+def train_arguments(config: str, options: dict[str, Any]) -> list[str]:
+    """Arguments with which `metadist train` has the same options."""
+    arguments = [config]
+    if options["run_dir"] is not None:
+        arguments += ["--run-dir", options["run_dir"]]
+    arguments += [part for override in options["overrides"] for part in ("--set", override)]
+    workers = options["workers"]
+    if workers is not None:
+        arguments += ["--workers", ":".join(map(str, workers)) if isinstance(workers, tuple) else str(workers)]
+    arguments += ["--resume", options["resume"]] if options["resume"] != "auto" else []
+    arguments += ["--allow-numeric-drift"] if options["allow_numeric_drift"] else []
+    return arguments + (["--no-evaluate"] if not options["with_evaluation"] else [])
+
+
+@click.command()
+@run_options
+@click.option("--address", metavar="ADDR", help="A Ray cluster to join, instead of $RAY_ADDRESS or a local one.")
+@json_option
+def train(config: str, address: str | None, as_json: bool, **options: Any) -> None:
+    """Meta-train CONFIG, a YAML file."""
+    from metadist.errors import InterruptedRun
+    from metadist.pictures import picture_of
+    from metadist.run_directory import RunDirectory
+    from metadist.training import MetaTrainer
+
+    settings = settings_of(config, options)
+    if address is not None:
+        settings = dataclasses.replace(settings, scaling=dataclasses.replace(settings.scaling, address=address))
     trainer = MetaTrainer(
-        dataclasses.replace(settings, scaling=scaling, run=run),
-        resume=resume,
-        allow_numeric_drift=allow_numeric_drift,
+        settings,
+        resume=options["resume"],
+        allow_numeric_drift=options["allow_numeric_drift"],
         console=progress_console(),
     )
     try:
-        result = trainer.fit(evaluate=with_evaluation)
+        result = trainer.fit(evaluate=options["with_evaluation"])
     except InterruptedRun as interrupted:
-        again = ["metadist", "train", config, "--run-dir", trainer.config.run_directory]
-        again += [part for override in overrides for part in ("--set", override)]
-        again += (
-            []
-            if workers is None
-            else [
-                "--workers",
-                ":".join(map(str, scaling.worker_limits)) if isinstance(workers, tuple) else str(workers),
-            ]
-        )
+        # Whatever it was, it is a run to go on with now.
+        same = options | {"run_dir": settings.run_directory, "resume": "auto"}
+        again = ["metadist", "train", *train_arguments(config, same)]
         again += ["--address", address] if address else []
         raise InterruptedRun(f"{interrupted} Go on with:\n  {shlex.join(again)}") from None
     if as_json:

@@ -1,5 +1,7 @@
 """Wrong command lines, wrong or damaged run directories, and machines that let us down."""
 
+from pathlib import Path
+
 from tests.bad_input.builders import (
     FEW_SHOT,
     GOOD,
@@ -100,7 +102,37 @@ def on_cluster(*address: str) -> Prepare:
     return command("train", "bad.yaml", "--workers", "1", "--address", *address)
 
 
+def submitted(*address: str, run_dir: str = "s3://bucket/x", config: str = GOOD) -> Prepare:
+    return command("submit", "bad.yaml", "--run-dir", run_dir, *address, config=config)
+
+
 WRONG_COMMANDS: dict[str, tuple[Prepare, str]] = {
+    "job with a relative run directory": (
+        submitted(run_dir="runs/x"),
+        "run.storage_path must be absolute or a URI for a job, got 'runs' ... --run-dir s3://BUCKET/NAME",
+    ),
+    "job with a relative pool": (
+        submitted(config=FEW_SHOT),
+        "task.pool must be absolute or a URI for a job, got 'pool.parquet' ... --set task.pool=s3://BUCKET/pool.parquet",
+    ),
+    "job with a config from elsewhere": (
+        command("submit", str(Path(__file__).parents[2] / "configs/sinusoid_maml.yaml"), "--run-dir", "/x/y"),
+        "CONFIG must lie in this directory ... sinusoid_maml.yaml' ... your project's directory",
+    ),
+    "job without an address": (submitted(), "--address must be given ... http://HEAD:8265"),
+    "job at the head's own port": (
+        submitted("--address", "10.0.0.1:6379"),
+        "--address must be that of the cluster's dashboard ... got '10.0.0.1:6379' ... `metadist train --address`",
+    ),
+    "job at an impossible port": (submitted("--address", "http://a:99999"), "got 'http://a:99999'"),
+    "job with a password in the address": (
+        submitted("--address", "http://me:secret@10.0.0.1:8265"),
+        "--address must not hold a user or a password ... RAY_AUTH_TOKEN_PATH",
+    ),
+    "job where nothing answers": (
+        submitted("--address", "http://127.0.0.1:1"),
+        "--address: nothing answers at http://127.0.0.1:1 ... refused ... `ray start --head`",
+    ),
     "workers that are no number": (
         command("train", "bad.yaml", "--workers", "two"),
         "--workers ... 'two' ... --workers 2",

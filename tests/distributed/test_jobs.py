@@ -1,0 +1,232 @@
+"""Runs as Ray jobs, on a head with a dashboard that asks for a token."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import requests
+
+from metadist import MetaTrainer, load_config
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+TOKEN = "0123456789abcdef0123456789abcdef"
+SETS = ["training.steps=5", "evaluation.episodes=10"]
+WAIT_S = 240
+pytestmark = pytest.mark.ray
+
+
+@dataclass(frozen=True)
+class Head:
+    """A cluster of one node with two CPUs, and a user's project directory beside it."""
+
+    address: str
+    project: Path
+    environment: dict[str, str]
+    """Of a user who has no token."""
+    temporary: Path
+    """Where Ray keeps its own files."""
+
+    def run(self, *command: str, token: bool = True) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            command, cwd=self.project, env=self.env(token), capture_output=True, text=True, timeout=WAIT_S
+        )
+
+    def env(self, token: bool = True) -> dict[str, str]:
+        return self.environment | ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN} if token else {})
+
+    def submit(self, *more: str) -> list[str]:
+        sets = [part for assignment in SETS for part in ("--set", assignment)]
+        return [
+            *[sys.executable, "-m", "metadist", "submit", "sinusoid.yaml", *sets],
+            *["--workers", "1", "--address", self.address, *more],
+        ]
+
+
+@pytest.fixture(scope="module")
+def head(ray_home: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    project = tmp_path_factory.mktemp("project")
+    shutil.copy(ROOT / "configs/sinusoid_maml.yaml", project / "sinusoid.yaml")
+    (project / "data").mkdir()
+    (project / "data/big.bin").write_bytes(b"not for the cluster")
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    environment = {**ray_home, "PATH": path, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": "127.0.0.1:1"}
+    head_port, dashboard, agent, client = free_ports(4)
+    # A short path: Ray's sockets lie there, and their names may have 107 characters.
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as temporary:
+        head = Head(f"http://127.0.0.1:{dashboard}", project, environment, Path(temporary))
+        # With --block, so that ending this one process ends this head and no other Ray of the machine.
+        command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={temporary}"]
+        command += [f"--port={head_port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+        command += [f"--ray-client-server-port={client}", "--disable-usage-stats"]
+        env = {name: value for name, value in head.env().items() if name != "RAY_ADDRESS"}
+        with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+            try:
+                wait_for(lambda: running.poll() is not None or nodes_of(head) == 1)
+                assert running.poll() is None, "the head ended"
+                yield head
+            finally:
+                running.terminate()
+
+
+def free_ports(number: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
+    ports = [server.getsockname()[1] for server in sockets]
+    for server in sockets:
+        server.close()
+    return ports
+
+
+def nodes_of(head: Head) -> int:
+    """How many nodes the dashboard knows, once its job server answers; 0 before."""
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    try:
+        answers = [
+            requests.get(f"{head.address}/api/{name}", headers=headers, timeout=10) for name in ("jobs/", "v0/nodes")
+        ]
+        return len(answers[1].json()["data"]["result"]["result"]) if all(answer.ok for answer in answers) else 0
+    except (requests.RequestException, KeyError, TypeError, ValueError):
+        return 0
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def local_theta(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """SHA-256 of theta after the same steps in this process."""
+    path = tmp_path_factory.mktemp("local")
+    config = load_config(
+        ROOT / "configs/sinusoid_maml.yaml", [*SETS, "scaling.num_workers=0", f"run.storage_path={path}"]
+    )
+    return MetaTrainer(config).fit(evaluate=False).theta_sha256
+
+
+def theta_in(log: str) -> str:
+    (found,) = re.findall(r"^theta +sha256 ([0-9a-f]{64})$", log, re.MULTILINE)
+    return found
+
+
+def test_a_submitted_run_has_the_bits_of_a_local_one_and_submitting_it_again_goes_on(
+    head: Head, tmp_path: Path, local_theta: str
+) -> None:
+    run_dir = tmp_path / "run"
+    done = head.run(*head.submit("--run-dir", str(run_dir), "--json"))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["run_dir"], result["status"], result["exit_status"]) == (str(run_dir), "SUCCEEDED", 0)
+    assert f"job            {result['job_id']}\nrun directory  {run_dir}\n" in done.stderr
+    assert theta_in(done.stderr) == local_theta
+    assert {"config.yaml", "metrics.jsonl", "evaluation.json", "checkpoints"} <= {p.name for p in run_dir.iterdir()}
+    assert not (run_dir / "lease.json").exists()
+    again = head.run(*head.submit("--run-dir", str(run_dir), "--workers", "0", "--no-evaluate"))
+    assert again.returncode == 0, again.stderr
+    assert "Going on from step 5" in again.stderr
+    assert theta_in(again.stderr) == local_theta
+    details = job_details(head)
+    assert TOKEN not in details + done.stdout + done.stderr + "".join(texts_below(run_dir))
+    packed = head.temporary.glob("session_2*/runtime_resources/working_dir_files/_ray_pkg_*/*")
+    assert {path.name for path in packed} == {"sinusoid.yaml"}
+
+
+def test_ray_job_submit_gives_the_same_bits(head: Head, tmp_path: Path, local_theta: str) -> None:
+    train = [
+        "python",
+        "-m",
+        "metadist",
+        "train",
+        "sinusoid.yaml",
+        "--no-evaluate",
+        "--workers",
+        "1",
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
+    train += [part for assignment in SETS for part in ("--set", assignment)]
+    environment = head.env() | {"RAY_ADDRESS": head.address}
+    done = subprocess.run(
+        [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--", *train],
+        cwd=head.project,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert theta_in(done.stdout) == local_theta
+
+
+def test_without_the_token_it_is_refused_with_what_to_set(head: Head, tmp_path: Path) -> None:
+    done = head.run(*head.submit("--run-dir", str(tmp_path / "run")), token=False)
+    assert done.returncode == 2, done.stderr
+    assert "Set RAY_AUTH_MODE=token, and the token in RAY_AUTH_TOKEN" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_adapters_than_the_cluster_holds_are_refused_before_anything_is_sent(head: Head, tmp_path: Path) -> None:
+    before = job_details(head)
+    done = head.run(*head.submit("--run-dir", str(tmp_path / "run"), "--workers", "9"))
+    assert done.returncode == 2, done.stderr
+    assert "9 adapters of CPU 1 each do not fit the cluster, which has CPU 2 on 1 node: room for 2" in done.stderr
+    assert job_details(head) == before
+
+
+def test_a_job_that_fails_ends_the_command_with_its_own_status(head: Head, tmp_path: Path) -> None:
+    # Refused by the job itself, since only the cluster knows that there is nothing to go on from.
+    done = head.run(*head.submit("--run-dir", str(tmp_path / "run"), "--resume", "must", "--json"))
+    assert done.returncode == 2, done.stderr
+    assert json.loads(done.stdout)["status"] == "FAILED"
+    assert "no checkpoint to go on from" in done.stderr
+
+
+def test_ctrl_c_leaves_the_job_running_and_the_printed_commands_attach_and_stop(head: Head, tmp_path: Path) -> None:
+    command = head.submit("--run-dir", str(tmp_path / "run"), "--workers", "0", "--set", "training.steps=1000000")
+    process = subprocess.Popen(
+        command, cwd=head.project, env=head.env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: process.poll() is not None or (tmp_path / "run/metrics.jsonl").exists())
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    job = re.search(r"^job +(\S+)$", output, re.MULTILINE)[1]
+    attach = f"attach again   ray job logs -f {job} --address {head.address}"
+    stop = f"stop           ray job stop {job} --address {head.address}"
+    assert f"{attach}\n{stop}" in errors
+    assert status_of(head, job) == "RUNNING"
+    # The variable would overrule the address that was printed.
+    environment = {name: value for name, value in head.env().items() if name != "RAY_ADDRESS"}
+    words = stop.split()[1:]
+    subprocess.run(words, env=environment, check=True, capture_output=True, timeout=WAIT_S)
+    wait_for(lambda: status_of(head, job) == "STOPPED")
+
+
+def job_details(head: Head) -> str:
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    jobs = requests.get(f"{head.address}/api/jobs/", headers=headers, timeout=30).json()
+    return json.dumps([job for job in jobs if job["submission_id"]])
+
+
+def status_of(head: Head, job: str) -> str:
+    (found,) = [details for details in json.loads(job_details(head)) if details["submission_id"] == job]
+    return found["status"]
+
+
+def texts_below(directory: Path) -> list[str]:
+    return [path.read_text(errors="ignore") for path in directory.rglob("*") if path.is_file()]
