@@ -93,7 +93,7 @@ def config_from_document(document: Document) -> Config:
         sections[section] = _named_section(document, section, known, problems)
     for section, kind in _FIXED_SECTIONS.items():
         data = document.data.get(section)
-        sections[section] = _section(document, section, kind, {} if data is None else data, problems)
+        sections[section] = checked_section(document, section, kind, {} if data is None else data, problems)
     if problems:
         raise ConfigError("\n".join(problems))
     try:
@@ -255,10 +255,11 @@ def _named_section(document: Document, section: str, known: dict[str, type], pro
         )
         return None
     rest = {key: value for key, value in data.items() if key != "name"}
-    return _section(document, section, known[name], rest, problems)
+    return checked_section(document, section, known[name], rest, problems)
 
 
-def _section(document: Document, section: str, kind: type, data: Any, problems: list[str]) -> Any:
+def checked_section(document: Document, section: str, kind: type, data: Any, problems: list[str]) -> Any:
+    """Settings of `kind` out of a section's plain values; None where they are wrong, and why goes to `problems`."""
     if not isinstance(data, dict):
         problems.append(
             f"{section} must be a section of keys, got {data!r}{document.place((section,))}. Indent its keys."
