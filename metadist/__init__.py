@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     )
     from metadist.shots import evaluate_shots
     from metadist.training import MetaTrainer, Result
+    from metadist.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -62,6 +63,7 @@ _HOMES = {
     ),
     "metadist.shots": ("evaluate_shots",),
     "metadist.training": ("MetaTrainer", "Result"),
+    "metadist.tuning": ("tune",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -97,6 +99,7 @@ __all__ = [
     "load_config",
     "report",
     "settings",
+    "tune",
 ]
 
 

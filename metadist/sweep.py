@@ -67,9 +67,9 @@ class SchedulerSettings:
 
 @settings
 class SearcherSettings:
-    """Section `searcher`: which point is tried next. `tpe` and `gp` are Optuna's (extra `tune`)."""
+    """Section `searcher`: which point is tried next. `tpe` is Optuna's (extra `tune`)."""
 
-    name: Literal["random", "grid", "tpe", "gp"] = "random"
+    name: Literal["random", "grid", "tpe"] = "random"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 

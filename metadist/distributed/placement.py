@@ -26,7 +26,8 @@ def adapter_options(scaling: ScalingSettings) -> dict[str, Any]:
         "resources": resources,
         "max_restarts": 0,
         "max_task_retries": 0,
-        "scheduling_strategy": "SPREAD" if scaling.placement_strategy == "SPREAD" else "DEFAULT",
+        # None, and not "DEFAULT": an actor started within a placement group (a trial of Tune) then stays in it.
+        "scheduling_strategy": "SPREAD" if scaling.placement_strategy == "SPREAD" else None,
     }
 
 

@@ -1,0 +1,47 @@
+"""`metadist tune`."""
+
+import click
+
+from metadist.commands.output import json_option, print_json, progress_console, result_console
+
+
+@click.command()
+@click.argument("sweep")
+@click.option("--resume", is_flag=True, help="Go on with a sweep that was ended in its midst.")
+@click.option("--address", metavar="ADDR", help="A Ray cluster to join, instead of $RAY_ADDRESS or a local one.")
+@json_option
+def tune(sweep: str, resume: bool, address: str | None, as_json: bool) -> None:
+    """Search over the keys of a config, as SWEEP, a YAML file, says."""
+    from rich.table import Table
+
+    from metadist.errors import MetadistError
+    from metadist.sweep import load_sweep
+    from metadist.sweep_directory import BEST_FILE, RESULTS_FILE, SweepDirectory
+    from metadist.tuning import tune as run_sweep
+
+    settings = load_sweep(sweep)
+    run_sweep(settings, resume=resume, address=address, console=progress_console())
+    directory = SweepDirectory(settings)
+    rows, best = directory.rows(), directory.best()
+    if best is None:
+        raise MetadistError(
+            f"no trial of {directory.path} came to a validation: see the column error of {RESULTS_FILE}."
+        )
+    if as_json:
+        print_json({"sweep_dir": str(directory.path), "best": best, "trials": rows})
+        return
+    metric, mode = settings.objective.metric, settings.objective.mode
+    table = Table("trial", "outcome", "step", metric, *settings.space)
+    scored = sorted(
+        (row for row in rows if row[metric] is not None), key=lambda row: row[metric], reverse=mode == "max"
+    )
+    for row in scored + [row for row in rows if row[metric] is None]:
+        value = "" if row[metric] is None else f"{row[metric]:.4f}"
+        values = (f"{row[key]:.4g}" if isinstance(row[key], float) else str(row[key]) for key in settings.space)
+        table.add_row(str(row["trial"]), row["outcome"], str(row["step"]), value, *values)
+    result_console().print(table)
+    for row in rows:
+        if row["error"]:
+            click.echo(f"trial {row['trial']} failed: {row['error']}")
+    click.echo(f"all trials   {directory.path / RESULTS_FILE}")
+    click.echo(f"best config  {directory.path / BEST_FILE}")

@@ -1,0 +1,101 @@
+"""Which point a sweep tries next: a fixed list of points, or Optuna's TPE, asked and told."""
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from metadist.errors import UserError
+from metadist.search_space import Distribution
+from metadist.sweep import Point, Sweep
+
+if TYPE_CHECKING:
+    import optuna
+
+
+class Suggestions(Protocol):
+    """Points in the order of the trials."""
+
+    def ask(self, number: int, tried: Point | None) -> Point:
+        """The point of trial `number`; `tried` is what this trial had before the sweep was resumed."""
+
+    def tell(self, number: int, value: float | None) -> None:
+        """The last metric of a trial that ended; None where it failed."""
+
+
+def make_suggestions(sweep: Sweep) -> Suggestions:
+    """Raises UserError where Optuna is asked for and not installed."""
+    if sweep.searcher.name in ("random", "grid"):
+        return ListedPoints(sweep.points())
+    return OptunaPoints(sweep)
+
+
+class ListedPoints:
+    """The points of a grid or of a random search, which depend on no result."""
+
+    def __init__(self, points: list[Point]) -> None:
+        self._points = points
+
+    def ask(self, number: int, tried: Point | None) -> Point:
+        return tried or self._points[number]
+
+    def tell(self, number: int, value: float | None) -> None:
+        pass
+
+
+class OptunaPoints:
+    """Optuna's TPE (Bergstra et al. 2011), seeded: the same results in the same order give the same points."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        try:
+            import optuna
+        except ImportError:
+            raise UserError(
+                f"searcher.name: {sweep.searcher.name} needs Optuna, which is not installed."
+                " Install it with `pip install 'metadist[tune]'`, or use searcher.name: random."
+            ) from None
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._study = optuna.create_study(
+            sampler=optuna.samplers.TPESampler(seed=sweep.searcher.seed),
+            direction=optuna.study.StudyDirection["MAXIMIZE" if sweep.objective.mode == "max" else "MINIMIZE"],
+        )
+        self._space, self._state = sweep.space, optuna.trial.TrialState
+        self._distributions = {key: _distribution(value) for key, value in sweep.space.items()}
+        self._trials: dict[int, optuna.trial.Trial] = {}
+
+    def ask(self, number: int, tried: Point | None) -> Point:
+        trial = self._study.ask(self._distributions)
+        if tried is not None and self._point(trial) != tried:
+            # Trials ended in another order than before; what was tried counts, not what would be tried now.
+            self._study.tell(trial, state=self._state.FAIL)
+            self._study.enqueue_trial({key: self._encoded(key, value) for key, value in tried.items()})
+            trial = self._study.ask(self._distributions)
+        self._trials[number] = trial
+        return tried or self._point(trial)
+
+    def tell(self, number: int, value: float | None) -> None:
+        trial = self._trials[number]
+        if value is None:
+            self._study.tell(trial, state=self._state.FAIL)
+        else:
+            self._study.tell(trial, value)
+
+    def _point(self, trial: "optuna.trial.Trial") -> Point:
+        return {key: self._decoded(key, trial.params[key]) for key in self._space}
+
+    def _decoded(self, key: str, value: Any) -> Any:
+        distribution = self._space[key]
+        return distribution.values[value] if distribution.is_listed else value
+
+    def _encoded(self, key: str, value: Any) -> Any:
+        distribution = self._space[key]
+        return distribution.values.index(value) if distribution.is_listed else value
+
+
+def _distribution(distribution: Distribution) -> "optuna.distributions.BaseDistribution":
+    """Listed values are categories, by their index: Optuna keeps only numbers and text as they are."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if distribution.is_listed:
+        return CategoricalDistribution(list(range(len(distribution.values))))
+    low, high = distribution.values
+    if distribution.kind == "randint":
+        return IntDistribution(low, high)
+    return FloatDistribution(low, high, log=distribution.kind == "loguniform")

@@ -1,0 +1,222 @@
+"""Sweeps on Ray Tune: many meta-trainings at once, each inside its own placement group.
+
+The state of a scheduler or a searcher is never saved. A trial's reports are, and everything else follows from
+them: a resumed sweep begins again, its trials tell what they told before without computing it, and the decisions
+fall as they fell.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune as ray_tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.search import Searcher
+from rich.console import Console
+from rich.text import Text
+
+from metadist.config import config_from_document
+from metadist.config_file import dump_yaml, parse_document, read_document
+from metadist.distributed.cluster import connect
+from metadist.distributed.placement import resources_per_adapter
+from metadist.errors import ClusterError, ConfigError, InterruptedRun
+from metadist.experiment import open_task
+from metadist.sections import ScalingSettings
+from metadist.suggestions import Suggestions, make_suggestions
+from metadist.sweep import Point, Sweep, load_sweep
+from metadist.sweep_directory import SweepDirectory
+from metadist.trial import run_trial
+
+
+def trainable(config: dict[str, Any]) -> None:
+    """A function trainable for `tune.Tuner`: meta-trains and reports `step`, `loss` and `accuracy` of each validation.
+
+    `config` holds `base`, the path of a config file (or its content), and values for any of its keys
+    (`algorithm.inner_lr`). Checkpoints lie in the config's run directory, by default one of the trial's own name
+    under `run.storage_path`; a trial that is begun again goes on from there. Give it room with
+    `tune.with_resources(trainable, trial_resources(scaling))`: its adapters live in the trial's placement group.
+    """
+    base = config["base"]
+    document = read_document(base) if isinstance(base, str) else parse_document(dump_yaml(base), "base config")
+    for key, value in config.items():
+        if key != "base":
+            document.override(f"{key}={json.dumps(value)}")
+    settings = config_from_document(document)
+    run, scaling = settings.run, settings.scaling
+    name = run.name or ray_tune.get_context().get_trial_name()
+    settings = dataclasses.replace(
+        settings,
+        run=dataclasses.replace(run, name=name),
+        scaling=dataclasses.replace(scaling, num_workers=scaling.worker_limits[0], address=None),
+    )
+    run_trial(settings, ray_tune.report)
+
+
+def trial_resources(scaling: ScalingSettings) -> ray_tune.PlacementGroupFactory:
+    """What one trial reserves, all or nothing: the least number of adapters, or one process without adapters."""
+    adapters = scaling.worker_limits[0]
+    if adapters == 0:
+        return ray_tune.PlacementGroupFactory([{"CPU": float(scaling.threads_per_worker)}])
+    # The process that leads the trial waits while its adapters compute, so it takes no CPU from them.
+    return ray_tune.PlacementGroupFactory(
+        [{}] + [resources_per_adapter(scaling)] * adapters, strategy=scaling.placement_strategy
+    )
+
+
+def tune(
+    sweep: Sweep | str | Path,
+    *,
+    resume: bool = False,
+    address: str | None = None,
+    console: Console | None = None,
+) -> ray_tune.ResultGrid:
+    """Runs a sweep to its end and writes results.parquet and best.yaml into the sweep directory.
+
+    With `resume` a sweep that was ended in its midst goes on: no trial computes a step again that its checkpoints
+    have. Raises UserError where the input is wrong, where the directory holds another sweep, or where a single
+    trial is larger than the cluster.
+    """
+    sweep = sweep if isinstance(sweep, Sweep) else load_sweep(sweep)
+    console = console or Console(stderr=True)
+    suggestions = make_suggestions(sweep)
+    directory = SweepDirectory(sweep)
+    config = sweep.config({})
+    scaling = config.scaling
+    if sweep.objective.metric == "accuracy" and open_task(config.task).spec.kind == "regression":
+        raise ConfigError("objective.metric must be loss for a regression task, got accuracy. Write metric: loss.")
+    disconnect = connect(ScalingSettings(num_workers=0, address=address or scaling.address), console)
+    try:
+        at_once = trials_at_once(scaling, ray.cluster_resources())
+        directory.open(resume)
+        at_once = min(at_once, sweep.budget.max_concurrent or at_once, sweep.num_trials)
+        console.print(Text(f"{sweep.num_trials} trials, {at_once} at once, into {directory.path}"))
+        # Relative paths in a config mean what they mean to `metadist train`.
+        os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+        # Tune's own table would go to stdout, which holds our result alone.
+        os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+        tuner = ray_tune.Tuner(
+            ray_tune.with_resources(trainable, trial_resources(scaling)),
+            tune_config=ray_tune.TuneConfig(
+                metric=sweep.objective.metric,
+                mode=sweep.objective.mode,
+                search_alg=_Search(sweep, suggestions, directory),
+                scheduler=make_scheduler(sweep),
+                num_samples=sweep.num_trials,
+                max_concurrent_trials=at_once,
+            ),
+            run_config=ray_tune.RunConfig(
+                storage_path=str(directory.path.resolve()),
+                name=directory.new_attempt(),
+                failure_config=ray_tune.FailureConfig(max_failures=sweep.budget.max_failures),
+                callbacks=[_Outcomes(sweep, directory, console)],
+                verbose=0,
+            ),
+        )
+        results = tuner.fit()
+    finally:
+        disconnect()
+    directory.write_results()
+    ended = [row for row in directory.rows() if row["outcome"] != "unfinished"]
+    if len(ended) < sweep.num_trials:
+        raise InterruptedRun(f"Interrupted after {len(ended)} of {sweep.num_trials} trials. Go on with --resume.")
+    return results
+
+
+def trials_at_once(scaling: ScalingSettings, cluster: Mapping[str, float]) -> int:
+    """How many trials the cluster has room for. Raises ClusterError, with the arithmetic, where that is none."""
+    needed: dict[str, float] = {}
+    for bundle in trial_resources(scaling).bundles:
+        for name, amount in bundle.items():
+            needed[name] = needed.get(name, 0.0) + amount
+    needed = {name: amount for name, amount in needed.items() if amount > 0}
+    room = min((int(cluster.get(name, 0) / amount + 1e-9) for name, amount in needed.items()), default=1)
+    if room == 0:
+        adapters = scaling.worker_limits[0]
+        each = ", ".join(f"{name} {amount:g}" for name, amount in resources_per_adapter(scaling).items())
+        what = f"{adapters} x ({each})" if adapters else f"threads_per_worker = {scaling.threads_per_worker}"
+        asks = ", ".join(f"{name} {amount:g}" for name, amount in needed.items())
+        has = ", ".join(f"{name} {cluster.get(name, 0):g}" for name in needed)
+        raise ClusterError(
+            f"scaling.num_workers: one trial needs {asks} ({what}), and the whole cluster has {has}. Lower"
+            " scaling.num_workers or scaling.resources_per_worker under overrides, or join a larger cluster with"
+            " --address."
+        )
+    return room
+
+
+def make_scheduler(sweep: Sweep) -> TrialScheduler:
+    """Tune's own scheduler, its time the outer steps."""
+    scheduler, budget = sweep.scheduler, sweep.budget
+    grace = scheduler.grace_steps or budget.every
+    if scheduler.name == "asha":
+        return ASHAScheduler(
+            time_attr="step", max_t=budget.steps, grace_period=grace, reduction_factor=scheduler.reduction_factor
+        )
+    if scheduler.name == "median":
+        return MedianStoppingRule(time_attr="step", grace_period=grace)
+    return FIFOScheduler()
+
+
+class _Search(Searcher):
+    """Gives the trials their numbers, points and run directories, in an order that does not depend on Ray."""
+
+    def __init__(self, sweep: Sweep, suggestions: Suggestions, directory: SweepDirectory) -> None:
+        super().__init__(metric=sweep.objective.metric, mode=sweep.objective.mode)
+        self._sweep, self._suggestions, self._directory = sweep, suggestions, directory
+        self._numbers: dict[str, int] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        number = len(self._numbers)
+        if number >= self._sweep.num_trials:
+            return None
+        self._numbers[trial_id] = number
+        point = self._suggestions.ask(number, self._directory.point(number))
+        self._directory.begin(number, point)
+        return _trial_config(self._sweep, self._directory, number, point)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        value = None if error or not result else result.get(self._sweep.objective.metric)
+        self._suggestions.tell(self._numbers[trial_id], value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its parts, and what was suggested lies in the trials' directories."""
+        return {}
+
+    def save(self, checkpoint_path: str) -> None:
+        Path(checkpoint_path).touch()
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a sweep is resumed by `metadist tune --resume`")
+
+
+def _trial_config(sweep: Sweep, directory: SweepDirectory, number: int, point: Point) -> dict[str, Any]:
+    run_dir = directory.trial(number)
+    place = {"run.storage_path": str(run_dir.parent), "run.name": run_dir.name}
+    return {"base": sweep.base, **point, **place}
+
+
+class _Outcomes(ray_tune.Callback):
+    """Writes down how each trial ends, and shows it."""
+
+    def __init__(self, sweep: Sweep, directory: SweepDirectory, console: Console) -> None:
+        self._sweep, self._directory, self._console = sweep, directory, console
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: outcomes lie in the trials' directories."""
+        return {}
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        step = trial.last_result.get("step", 0)
+        self._end(trial, "finished" if step >= self._sweep.budget.steps else "stopped")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._end(trial, "failed")
+
+    def _end(self, trial: Any, outcome: str) -> None:
+        number = int(trial.config["run.name"])
+        self._directory.end(number, outcome)
+        self._console.print(Text(self._directory.line(number)))

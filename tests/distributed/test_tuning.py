@@ -1,0 +1,128 @@
+"""Sweeps on Ray Tune: trials side by side in their own placement groups, and sweeps that are killed and go on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from metadist.config import load_config
+from metadist.distributed.placement import adapter_options
+from metadist.errors import ClusterError
+from metadist.sections import ScalingSettings
+from metadist.training import MetaTrainer
+from metadist.tuning import trials_at_once, tune
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+WAIT_S = 300
+
+
+def write_sweep(folder: Path, *, workers: int, trials: int, scheduler: str, searcher: str, at_once: int) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(
+        f"""\
+base: {CONFIGS / "sinusoid_maml.yaml"}
+overrides:
+  scaling.num_workers: {workers}
+  training.meta_batch_size: 4
+  training.chunk_size: 2
+  evaluation.val_episodes: 4
+space:
+  algorithm.inner_lr: loguniform(1e-3, 0.1)
+objective: {{metric: loss}}
+budget: {{trials: {trials}, steps: 9, every: 1, max_concurrent: {at_once}}}
+scheduler: {{name: {scheduler}}}
+searcher: {{name: {searcher}}}
+run: {{storage_path: {folder}, name: sweep}}
+"""
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("scaling", "cpus", "room"),
+    [
+        (ScalingSettings(num_workers=1), 2, 2),
+        (ScalingSettings(num_workers=0), 2, 2),
+        (ScalingSettings(num_workers=(2, 8)), 5, 2),
+        (ScalingSettings(num_workers=2, resources_per_worker={"CPU": 0.5}), 3, 3),
+    ],
+)
+def test_as_many_trials_at_once_as_the_cluster_has_room_for(scaling: ScalingSettings, cpus: int, room: int) -> None:
+    assert trials_at_once(scaling, {"CPU": cpus}) == room
+
+
+def test_a_trial_larger_than_the_cluster_is_refused_with_the_arithmetic() -> None:
+    with pytest.raises(ClusterError) as error:
+        trials_at_once(ScalingSettings(num_workers=3), {"CPU": 2})
+    assert "one trial needs CPU 3 (3 x (CPU 1)), and the whole cluster has CPU 2. Lower" in str(error.value)
+
+
+def test_adapters_stay_in_the_placement_group_that_they_are_started_in() -> None:
+    # Ray reads "DEFAULT" as a wish to leave it: two trials would then wait for each other's CPUs.
+    assert adapter_options(ScalingSettings())["scheduling_strategy"] is None
+
+
+@pytest.fixture
+def two_cpus(ray_home: dict[str, str]) -> Iterator[None]:
+    import ray
+
+    # "local": left out, Ray would join whatever cluster was last started on this machine.
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("two_cpus")
+def test_two_trials_with_an_adapter_each_share_two_cpus_and_the_best_config_trains_to_the_same_bits(
+    tmp_path: Path,
+) -> None:
+    path = write_sweep(tmp_path, workers=1, trials=2, scheduler="none", searcher="random", at_once=2)
+    results = tune(path)
+    assert results.num_terminated == 2
+    table = pq.read_table(tmp_path / "sweep/results.parquet").to_pylist()
+    assert [(row["outcome"], row["step"]) for row in table] == [("finished", 9)] * 2
+    config = load_config(tmp_path / "sweep/best.yaml", ["scaling.num_workers=0", f"run.storage_path={tmp_path}"])
+    told: list[dict[str, Any]] = []
+    MetaTrainer(config).fit(evaluate=False, on_validation=lambda step, scores: told.append({"step": step} | scores))
+    assert told[-1]["loss"] == min(row["loss"] for row in table)
+
+
+@pytest.mark.ray
+def test_a_sweep_whose_driver_is_killed_goes_on_to_the_same_table(ray_home: dict[str, str], tmp_path: Path) -> None:
+    tables = []
+    for name in ("undisturbed", "killed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        path = write_sweep(folder, workers=0, trials=3, scheduler="asha", searcher="tpe", at_once=1)
+        command = [sys.executable, "-m", "metadist", "tune", str(path), "--json"]
+        if name == "killed":
+            kill_in_the_second_trial(command, ray_home, folder / "sweep/trials/00001/reports.json")
+            command.append("--resume")
+        done = subprocess.run(command, env=ray_home, capture_output=True, text=True, timeout=WAIT_S)
+        assert done.returncode == 0, done.stderr
+        tables.append(json.loads(done.stdout)["trials"])
+    assert {row["outcome"] for row in tables[0]} == {"finished", "stopped"}
+    assert tables[1] == tables[0]
+
+
+def kill_in_the_second_trial(command: list[str], environment: dict[str, str], reports: Path) -> None:
+    """SIGKILL of the whole process group, as soon as the trial has told something."""
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    deadline = time.monotonic() + WAIT_S
+    while not reports.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "the second trial told nothing in time"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
