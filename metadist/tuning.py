@@ -86,6 +86,11 @@ def tune(
     directory = SweepDirectory(sweep)
     config = sweep.config({})
     scaling = config.scaling
+    if scaling.backend == "train":
+        raise ConfigError(
+            "scaling.backend must be actors in a sweep, got train: a trial's placement group does not hold the ranks of"
+            " Ray Train. Put `scaling.backend: actors` under overrides."
+        )
     if sweep.objective.metric == "accuracy" and open_task(config.task).spec.kind == "regression":
         raise ConfigError("objective.metric must be loss for a regression task, got accuracy. Write metric: loss.")
     disconnect = connect(ScalingSettings(num_workers=0, address=address or scaling.address), console)
