@@ -17,7 +17,7 @@ from metadist.config import load_config
 from metadist.distributed.placement import adapter_options
 from metadist.errors import ClusterError
 from metadist.sections import ScalingSettings
-from metadist.training import MetaTrainer
+from metadist.trial import run_trial
 from metadist.tuning import trials_at_once, tune
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -92,7 +92,7 @@ def test_two_trials_with_an_adapter_each_share_two_cpus_and_the_best_config_trai
     assert [(row["outcome"], row["step"]) for row in table] == [("finished", 9)] * 2
     config = load_config(tmp_path / "sweep/best.yaml", ["scaling.num_workers=0", f"run.storage_path={tmp_path}"])
     told: list[dict[str, Any]] = []
-    MetaTrainer(config).fit(evaluate=False, on_validation=lambda step, scores: told.append({"step": step} | scores))
+    run_trial(config, told.append)
     assert told[-1]["loss"] == min(row["loss"] for row in table)
 
 
