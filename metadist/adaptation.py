@@ -11,6 +11,7 @@ from torch import Tensor
 from metadist.config import Config
 from metadist.core.batch_norm import BatchNormPolicy
 from metadist.core.episode import EpisodeSpec, Examples
+from metadist.core.keys import TaskKey
 from metadist.core.network import Network
 from metadist.core.params import Params
 from metadist.cross_validation import CrossValidation, cross_validate
@@ -19,8 +20,16 @@ from metadist.evaluation import load_run_config, load_state
 from metadist.experiment import Experiment, make_experiment
 from metadist.run_directory import RunDirectory
 
+LOOKS_INVERTED = (
+    "{place}: these images look like negatives of those that the run was trained on (dark where those are light)."
+    " If they are, add --invert."
+)
 ROWS_AT_ONCE = 256
 """Examples that are predicted in one call."""
+BRIGHTNESS_TASKS = 16
+"""Training tasks that tell how bright images usually are."""
+BRIGHTNESS_MARGIN = 0.2
+"""Of 1: photographs, bright or dark, are not taken for negatives."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +133,15 @@ class LoadedRun:
             cross_validation=found,
             temperature=found.temperature if found else 1.0,
         )
+
+    def sees_negatives_in(self, x: np.ndarray) -> bool:
+        """Whether images `x`, uint8, are nearer in brightness to the negatives of training images than to those."""
+        if len(self.spec.input_shape) != 3 or x.dtype != np.uint8:
+            return False
+        keys = [TaskKey(self.config.training.seed, "train", 0, task) for task in range(BRIGHTNESS_TASKS)]
+        usual = float(self.experiment.source.sample(keys).query.x.mean())
+        found = float(x.mean()) / 255
+        return abs(found - usual) > abs(1 - found - usual) + BRIGHTNESS_MARGIN
 
     def path(self, support: Examples, ways: int, steps: int) -> tuple[Network, list[Params]]:
         """The network for this support set, and the parameters after 0 to `steps` inner steps on it."""

@@ -291,6 +291,35 @@ def test_a_directory_of_images_is_scaled_to_the_run(tmp_path, proto_net):
     np.testing.assert_array_equal(found.x, np.stack([np.full((1, 4, 4), value, np.uint8) for value in (10, 200)]))
 
 
+def test_negatives_are_noticed_and_can_be_turned_round(tmp_path):
+    random = np.random.default_rng(0)
+    # Light strokes on dark ground, a fifth of each image.
+    strokes = (random.random((6, 16, 16)) < 0.2).astype(np.uint8) * 255
+    rows = []
+    for split in ("train", "val", "test"):
+        for c in range(3):
+            for number in range(5):
+                file = tmp_path / "stroke.png"
+                Image.fromarray(np.roll(strokes[c], number, axis=0)).save(file)
+                rows.append(PoolRow(f"{split}{c}", None, split, image=file.read_bytes()))
+    write_pool(rows, tmp_path / "pool.parquet")
+    model, pool = Conv4(filters=4), str(tmp_path / "pool.parquet")
+    run = load(trained(tmp_path, pool, MAML(inner_lr=0.1), model, batch_norm="transductive", steps=1))
+    for name in ("a", "b"):
+        (tmp_path / "paper" / name).mkdir(parents=True)
+        for number in range(2):
+            Image.fromarray(255 - strokes[3 + number]).save(tmp_path / "paper" / name / f"{number}.png")
+    arguments = ["adapt", run.location, "--support", str(tmp_path / "paper")]
+    noticed = CliRunner().invoke(cli, arguments)
+    assert noticed.exit_code == 0, noticed.output
+    assert "look like negatives of those that the run was trained on" in noticed.stderr
+    turned = CliRunner().invoke(cli, [*arguments, "--invert"])
+    assert turned.exit_code == 0, turned.output
+    assert "negatives" not in turned.stderr
+    inverted = read_labelled(str(tmp_path / "paper"), run.spec, invert=True)
+    np.testing.assert_array_equal(inverted.x[0, 0], strokes[3])
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from metadist.commands.output import json_option, print_json, result_console
+from metadist.commands.output import invert_option, json_option, print_json, progress_console, result_console
 
 if TYPE_CHECKING:
     from metadist.adaptation import AdaptedModel
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @click.option(
     "--out", metavar="FILE|DIR", help="Export the model: NAME.onnx, NAME.pt2, or a directory for safetensors and JSON."
 )
+@invert_option
 @json_option
 def adapt(
     run: str,
@@ -33,6 +34,7 @@ def adapt(
     step: int | None,
     predictions: str | None,
     out: str | None,
+    invert: bool,
     as_json: bool,
 ) -> None:
     """Adapt RUN's model to your own examples, and predict others.
@@ -40,19 +42,21 @@ def adapt(
     Examples are a directory of images (one directory a class; images without classes for --query), or a
     Parquet or CSV file with the column `class` (in regression `target`).
     """
-    from metadist.adaptation import load
+    from metadist.adaptation import LOOKS_INVERTED, load
     from metadist.errors import DataError, UserError
     from metadist.tasks.labelled_files import read_labelled
 
     if predictions and not query:
         raise UserError("--predictions needs --query, the examples to predict. Add it.")
     loaded = load(run, step=step)
-    examples = read_labelled(support, loaded.spec)
+    examples = read_labelled(support, loaded.spec, invert=invert)
+    if loaded.sees_negatives_in(examples.x):
+        progress_console().print(LOOKS_INVERTED.format(place=support), style="yellow")
     if examples.y is None:
         target = "class" if loaded.spec.kind == "classification" else "target"
         raise DataError(f"{support}: support examples need targets. Add the column {target!r}, or directories a class.")
     model = loaded.adapt(examples.x, examples.y, steps=steps)
-    asked = read_labelled(query, loaded.spec) if query else None
+    asked = read_labelled(query, loaded.spec, invert=invert) if query else None
     rows = _predictions(model, asked) if asked else []
     if predictions:
         _write(rows, Path(predictions))

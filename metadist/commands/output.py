@@ -17,6 +17,13 @@ def json_option(function: F) -> F:
     )
 
 
+def invert_option(function: F) -> F:
+    """`--invert`, of every command that reads a person's own images."""
+    return click.option("--invert", is_flag=True, help="Take the images' negatives: ink on paper for light on dark.")(
+        function
+    )
+
+
 def progress_console() -> Console:
     """For progress and notes: stderr, so that stdout holds results alone."""
     return Console(stderr=True, soft_wrap=True, highlight=False)

@@ -11,7 +11,7 @@ targets.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,16 @@ class LabelledExamples:
     """What each example is called: a file's path, or `row 12`, counted from 1 without the header."""
 
 
-def read_labelled(path: str, spec: EpisodeSpec) -> LabelledExamples:
-    """Reads examples for a task like `spec`. Raises DataError, naming the place."""
-    place = Path(path)
+def read_labelled(path: str, spec: EpisodeSpec, *, invert: bool = False) -> LabelledExamples:
+    """Reads examples for a task like `spec`, with `invert` the negatives of its images. Raises DataError."""
+    is_images = len(spec.input_shape) == 3
+    if invert and not is_images:
+        raise DataError(f"{path}: this run's task has vectors, and only images have negatives. Leave --invert out.")
+    found = _read(Path(path), path, spec)
+    return replace(found, x=255 - found.x) if invert else found
+
+
+def _read(place: Path, path: str, spec: EpisodeSpec) -> LabelledExamples:
     if place.is_dir():
         return _from_directory(place, spec)
     if not place.exists():
