@@ -18,8 +18,9 @@ test: check
 test-on-ray: $(INSTALLED)
 	$(BIN)/python -m pytest -m ray
 
+# The compiler takes one core, and leaves the other to the tests beside it.
 test-without-ray: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not ray"
+	TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -m "not ray"
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -11,6 +11,8 @@ def ray_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
     """An environment in which Ray writes nothing into the user's home and asks for no token."""
     values = {"RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path_factory.mktemp("home"))}
     values["RAY_USAGE_STATS_ENABLED"] = "0"
+    # At Ray's own 15 its workers would wait for whatever else the machine does: the other half of the tests, say.
+    values["RAY_worker_niceness"] = "0"
     patch = pytest.MonkeyPatch()
     for name, value in values.items():
         patch.setenv(name, value)
