@@ -43,7 +43,8 @@ class Visit:
 def visit(page: Path, width: int, *, dark: bool = False, scale: float = 1.0) -> Visit:
     """Opens a file in a window of `width` CSS pixels."""
     assert PROGRAM is not None
-    with tempfile.TemporaryDirectory() as home:
+    # Its helper processes may still write there for a moment after it has ended.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
         process = subprocess.Popen(
             [PROGRAM, *FLAGS, f"--user-data-dir={home}", "about:blank"],
             stdout=subprocess.DEVNULL,
