@@ -142,17 +142,20 @@ def _on_actors(config: Config) -> Config:
 
 def load_run_config(directory: RunDirectory) -> Config:
     """The resolved config of a run. Raises RunDirectoryError or ConfigError."""
+    return config_from_document(parse_document(read_config_text(directory), f"{directory.location}/config.yaml"))
+
+
+def read_config_text(directory: RunDirectory) -> str:
+    """A run's config.yaml as it stands there. Raises RunDirectoryError."""
     if not directory.exists("config.yaml"):
         raise RunDirectoryError(
             f"{directory.location} is no run directory: it holds no config.yaml."
             " Give the directory that `metadist train` printed."
         )
-    place = f"{directory.location}/config.yaml"
     try:
-        text = directory.read("config.yaml").decode()
+        return directory.read("config.yaml").decode()
     except UnicodeDecodeError:
-        raise RunDirectoryError(f"{place} is damaged: it is no text. Restore it.") from None
-    return config_from_document(parse_document(text, place))
+        raise RunDirectoryError(f"{directory.location}/config.yaml is damaged: it is no text. Restore it.") from None
 
 
 def load_state(directory: RunDirectory, experiment: Experiment, step: int | None, console: Console) -> LearnerState:

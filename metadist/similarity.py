@@ -88,7 +88,7 @@ class Neighbourhood:
 
 def distance(deviations: dict[str, float]) -> float:
     """Root mean square of the deviations towards the side that is unlike training."""
-    sided = [value if UNUSUAL[name] == 0 else max(0.0, UNUSUAL[name] * value) for name, value in deviations.items()]
+    sided = list(_unlike(deviations).values())
     return math.sqrt(sum(value * value for value in sided) / len(sided))
 
 
@@ -246,8 +246,17 @@ def _cross_validated(run: LoadedRun, support: Examples, ways: int) -> dict[str, 
     return {"adapted": found.score} | others
 
 
+def _unlike(deviations: dict[str, float]) -> dict[str, float]:
+    """How far each statistic lies on the side that is unlike training; 0 on the other one."""
+    return {
+        name: abs(value) if UNUSUAL[name] == 0 else max(0.0, UNUSUAL[name] * value)
+        for name, value in deviations.items()
+    }
+
+
 def _advice(verdict: str, deviations: dict[str, float], trusted: dict[str, float]) -> str:
-    most = max(deviations, key=lambda name: abs(deviations[name]))
+    unlike = _unlike(deviations)
+    most = max(unlike, key=lambda name: unlike[name])
     why = f"what is most unlike training is its {most.replace('_', ' ')} ({deviations[most]:+.1f} standard deviations)"
     if verdict == "near":
         return "The task is like those this run was trained on: use the adapted model."

@@ -19,7 +19,7 @@ from metadist.errors import DataError
 from metadist.features import features
 from metadist.models import MLP
 from metadist.sections import EvaluationSettings, RunSettings, TrainingSettings
-from metadist.similarity import distance, make_neighbourhood, similarity
+from metadist.similarity import _advice, distance, make_neighbourhood, similarity
 from metadist.tasks import FewShot
 from metadist.tasks.class_pool import PoolRow, write_pool
 from tests.builders import tiny_config
@@ -175,3 +175,10 @@ def test_command_gives_one_json_object_and_words(maml, tmp_path, monkeypatch):
     text = CliRunner().invoke(cli, asked, catch_exceptions=False).stdout
     assert text.startswith(answer["verdict"])
     assert answer["advice"] in text
+
+
+def test_advice_names_what_lies_on_the_side_that_is_unlike_training():
+    # Nearer to the training classes than training tasks are is no reason for doubt, however much nearer.
+    deviations = {"distance_to_classes": -17.6, "loss_left_out": 3.1, "brightness": -2.0}
+    assert "its loss left out (+3.1 standard deviations)" in _advice("a stretch", deviations, {})
+    assert distance(deviations) == pytest.approx(((3.1**2 + 2.0**2) / 3) ** 0.5)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from metadist.commands.output import invert_option, json_option, print_json, progress_console, result_console
+from metadist.commands.output import invert_option, json_option, print_json, result_console
+from metadist.commands.support import read_support
 
 if TYPE_CHECKING:
     from metadist.adaptation import AdaptedModel
@@ -42,20 +43,15 @@ def adapt(
     Examples are a directory of images (one directory a class; images without classes for --query), or a
     Parquet or CSV file with the column `class` (in regression `target`).
     """
-    from metadist.adaptation import LOOKS_INVERTED, load
-    from metadist.errors import DataError, UserError
+    from metadist.adaptation import load
+    from metadist.errors import UserError
     from metadist.tasks.labelled_files import read_labelled
 
     if predictions and not query:
         raise UserError("--predictions needs --query, the examples to predict. Add it.")
     loaded = load(run, step=step)
-    examples = read_labelled(support, loaded.spec, invert=invert)
-    if loaded.sees_negatives_in(examples.x):
-        progress_console().print(LOOKS_INVERTED.format(place=support), style="yellow")
-    if examples.y is None:
-        target = "class" if loaded.spec.kind == "classification" else "target"
-        raise DataError(f"{support}: support examples need targets. Add the column {target!r}, or directories a class.")
-    model = loaded.adapt(examples.x, examples.y, steps=steps)
+    x, y = read_support(loaded, support, invert)
+    model = loaded.adapt(x, y, steps=steps)
     asked = read_labelled(query, loaded.spec, invert=invert) if query else None
     rows = _predictions(model, asked) if asked else []
     if predictions:
@@ -68,8 +64,8 @@ def adapt(
         "run_dir": loaded.location,
         "step": loaded.step,
         "batch_norm": model.network.policy if model.network.batch_norms else None,
-        "classes": {str(name): int((examples.y == name).sum()) for name in model.classes_},
-        "support_examples": len(examples.x),
+        "classes": {str(name): int((y == name).sum()) for name in model.classes_},
+        "support_examples": len(x),
         "inner_steps": model.steps,
         "cross_validation": model.cross_validation.as_dict() if model.cross_validation else None,
         "temperature": model.temperature,

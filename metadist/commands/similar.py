@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from metadist.commands.output import invert_option, json_option, print_json, progress_console, result_console
+from metadist.commands.output import invert_option, json_option, print_json, result_console
+from metadist.commands.support import read_support
 
 if TYPE_CHECKING:
     from metadist.similarity import Similarity
@@ -18,19 +19,12 @@ if TYPE_CHECKING:
 @json_option
 def similar(run: str, support: str, step: int | None, invert: bool, as_json: bool) -> None:
     """Say whether your task is like those that RUN was meta-trained on: near, a stretch or far."""
-    from metadist.adaptation import LOOKS_INVERTED, load
-    from metadist.errors import DataError
+    from metadist.adaptation import load
     from metadist.similarity import similarity
-    from metadist.tasks.labelled_files import read_labelled
 
     loaded = load(run, step=step)
-    examples = read_labelled(support, loaded.spec, invert=invert)
-    if loaded.sees_negatives_in(examples.x):
-        progress_console().print(LOOKS_INVERTED.format(place=support), style="yellow")
-    if examples.y is None:
-        target = "class" if loaded.spec.kind == "classification" else "target"
-        raise DataError(f"{support}: support examples need targets. Add the column {target!r}, or directories a class.")
-    found = similarity(loaded, examples.x, examples.y)
+    x, y = read_support(loaded, support, invert)
+    found = similarity(loaded, x, y)
     if as_json:
         print_json({"run_dir": loaded.location, "step": loaded.step, **found.as_dict()})
     else:

@@ -8,6 +8,7 @@ from typing import Any
 from metadist.config import OWN_OBJECT
 from metadist.config_file import parse_document
 from metadist.errors import RunDirectoryError
+from metadist.evaluation import read_config_text
 from metadist.run_directory import RunDirectory
 from metadist.tracking import METRICS_FILE
 
@@ -65,17 +66,8 @@ class Record:
 
 def read_record(directory: RunDirectory) -> Record:
     """Reads all of it. Raises RunDirectoryError where this is no run directory, ConfigError for a torn config."""
-    if not directory.exists("config.yaml"):
-        raise RunDirectoryError(
-            f"{directory.location} is no run directory: it holds no config.yaml."
-            " Give the directory that `metadist train` printed."
-        )
-    place = f"{directory.location}/config.yaml"
-    try:
-        text = directory.read("config.yaml").decode()
-    except UnicodeDecodeError:
-        raise RunDirectoryError(f"{place} is damaged: it is no text. Restore it.") from None
-    config = parse_document(text, place).data
+    text = read_config_text(directory)
+    config = parse_document(text, f"{directory.location}/config.yaml").data
     notes: list[str] = []
     lines = _metric_lines(directory, notes)
     evaluation = _json(directory, "evaluation.json", notes)
