@@ -4,8 +4,9 @@
     metadist train configs/omniglot_without_latin.yaml
     python benchmarks/latin_letters.py runs/omniglot_without_latin data/omniglot_without_latin.parquet
 
-Prints, for support sets of several people, the accuracy on all other drawings beside the estimate that cross-validation
-gives from the support set alone, and draws docs/latin_letters.png.
+Prints the accuracy on all other drawings beside the estimate that cross-validation gives from the support set alone
+(from one drawing of each there can be none: then what tasks of held-out classes let expect), and draws
+docs/latin_letters.png.
 """
 
 import json
@@ -18,6 +19,7 @@ import numpy as np
 
 import metadist
 from metadist.cross_validation import wilson
+from metadist.held_out import Expectation, expected_accuracy
 from metadist.tasks.class_pool import read_pool
 
 matplotlib.use("Agg")
@@ -32,22 +34,48 @@ def drawings_of(pool_path: str) -> np.ndarray:
     return np.stack([pool.examples[pool.starts[letter] : pool.starts[letter + 1]] for letter in letters])
 
 
-def score(run: metadist.LoadedRun, drawings: np.ndarray, drawers: list[int]) -> tuple[dict, metadist.AdaptedModel]:
-    """Adapts to the drawings of some people and scores those of all others."""
+def score(
+    run: metadist.LoadedRun, drawings: np.ndarray, chosen: np.ndarray, expected: Expectation | None
+) -> tuple[dict, metadist.AdaptedModel]:
+    """Adapts to the drawings `chosen: bool [26, 20]`, and scores all others."""
     letters = np.array(list(string.ascii_uppercase))
-    others = [drawer for drawer in range(drawings.shape[1]) if drawer not in drawers]
-    model = run.adapt(drawings[:, drawers].reshape(-1, 1, 28, 28), np.repeat(letters, len(drawers)))
-    predicted = model.predict(drawings[:, others].reshape(-1, 1, 28, 28))
-    right = int((predicted == np.repeat(letters, len(others))).sum())
+    number = np.broadcast_to(np.arange(26)[:, None], chosen.shape)
+    model = run.adapt(drawings[chosen], letters[number[chosen]])
+    predicted = model.predict(drawings[~chosen])
+    right = int((predicted == letters[number[~chosen]]).sum())
     found = model.cross_validation
     return {
-        "shots": len(drawers),
-        "drawers": drawers,
+        "shots": int(chosen[0].sum()),
         "accuracy": right / len(predicted),
         "ci95": wilson(right, len(predicted)),
         "estimate": found.score if found else None,
         "estimate_ci95": found.interval if found else None,
+        "expected": expected.mean if expected else None,
+        "expected_range": expected.range if expected else None,
     }, model
+
+
+def at_random(shots: int, seed: int) -> np.ndarray:
+    """So many drawings of each letter, bool `[26, 20]`."""
+    random = np.random.default_rng([shots, seed])
+    return random.permuted(np.arange(20) < np.full((26, 1), shots), axis=1)
+
+
+def inside(value: float, interval: tuple[float, float]) -> bool:
+    return interval[0] <= value <= interval[1]
+
+
+def summary(results: list[dict], estimate: str, interval: str) -> str:
+    """How the estimates of many support sets compare with the truth."""
+    truths, estimates = (np.array([row[name] for row in results]) for name in ("accuracy", estimate))
+    covered = sum(inside(row["accuracy"], row[interval]) for row in results)
+    back = sum(inside(row[estimate], row["ci95"]) for row in results)
+    low, high = np.mean([row[interval] for row in results], axis=0)
+    return (
+        f"{results[0]['shots']} drawings a letter, {len(results)} random support sets: accuracy {truths.mean():.1%},"
+        f" {estimate} {estimates.mean():.1%} ({low:.1%} to {high:.1%} on average); the accuracy lies in that interval"
+        f" {covered} times, the {estimate} in the accuracy's own {back} times\n"
+    )
 
 
 def draw(model: metadist.AdaptedModel, drawings: np.ndarray, path: Path) -> None:
@@ -69,16 +97,22 @@ def draw(model: metadist.AdaptedModel, drawings: np.ndarray, path: Path) -> None
     figure.savefig(path, dpi=120)
 
 
-def main(run_dir: str, pool_path: str) -> None:
+def main(run_dir: str, pool_path: str, supports: int = 40) -> None:
     run, drawings = metadist.load(run_dir), drawings_of(pool_path)
-    results = []
-    for drawers in ([0], [5], [10], [0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 12, 13, 14]):
-        result, model = score(run, drawings, drawers)
-        results.append(result)
-        sys.stdout.write(json.dumps(result) + "\n")
-        if drawers == [0]:
-            draw(model, drawings, Path("docs/latin_letters.png"))
+    for shots in (1, 5):
+        expected = expected_accuracy(run, (shots,) * 26, run.config.inner_steps_at_test)
+        # One person's hand (five people's), and then drawings of any.
+        for first in (0, 5, 10):
+            people = np.isin(np.arange(20), range(first, first + shots))
+            result, model = score(run, drawings, np.broadcast_to(people, (26, 20)), expected)
+            sys.stdout.write(json.dumps({"people from": first} | result) + "\n")
+            if (shots, first) == (1, 0):
+                draw(model, drawings, Path("docs/latin_letters.png"))
+        results = [score(run, drawings, at_random(shots, seed), expected)[0] for seed in range(supports)]
+        if shots > 1:
+            sys.stdout.write(summary(results, "estimate", "estimate_ci95"))
+        sys.stdout.write(summary(results, "expected", "expected_range"))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:3])

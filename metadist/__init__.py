@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from metadist.shots import evaluate_shots
     from metadist.training import MetaTrainer, Result
     from metadist.tuning import tune
+    from metadist.updating import Update, update
 
 __version__ = "0.1.0"
 
@@ -64,6 +65,7 @@ _HOMES = {
     "metadist.shots": ("evaluate_shots",),
     "metadist.training": ("MetaTrainer", "Result"),
     "metadist.tuning": ("tune",),
+    "metadist.updating": ("Update", "update"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -90,6 +92,7 @@ __all__ = [
     "ScalingSettings",
     "TaskKey",
     "TrainingSettings",
+    "Update",
     "UserError",
     "compare",
     "evaluate",
@@ -100,6 +103,7 @@ __all__ = [
     "report",
     "settings",
     "tune",
+    "update",
 ]
 
 

@@ -18,6 +18,7 @@ from metadist.cross_validation import CrossValidation, cross_validate
 from metadist.errors import DataError, UserError
 from metadist.evaluation import load_run_config, load_state
 from metadist.experiment import Experiment, make_experiment
+from metadist.held_out import Expectation, expected_accuracy
 from metadist.run_directory import RunDirectory
 
 LOOKS_INVERTED = (
@@ -133,6 +134,14 @@ class LoadedRun:
             cross_validation=found,
             temperature=found.temperature if found else 1.0,
         )
+
+    def expected_accuracy(self, model: AdaptedModel) -> Expectation | None:
+        """How well tasks of validation classes with the model's ways and shots go: all that one example a class allows.
+
+        None in regression, and where the run's source has no such tasks.
+        """
+        sizes = tuple(torch.bincount(model.support.y).tolist()) if len(model.classes_) else ()
+        return expected_accuracy(self, sizes, model.steps)
 
     def sees_negatives_in(self, x: np.ndarray) -> bool:
         """Whether images `x`, uint8, are nearer in brightness to the negatives of training images than to those."""

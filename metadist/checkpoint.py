@@ -31,23 +31,26 @@ def checkpoint_name(step: int) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of one run directory."""
+    """The checkpoints in one folder of a run directory."""
 
-    def __init__(self, directory: RunDirectory, theta: Layout, statistics: Layout) -> None:
+    def __init__(
+        self, directory: RunDirectory, theta: Layout, statistics: Layout, *, folder: str = "checkpoints"
+    ) -> None:
         self._directory = directory
+        self._folder = folder
         self._layouts = {"theta": theta, "statistics": statistics}
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints whose manifest is there, in order; they may still turn out to be altered."""
-        return [step for step in self._begun() if self._directory.exists(f"{_place(step)}/manifest.json")]
+        return [step for step in self._begun() if self._directory.exists(f"{self._place(step)}/manifest.json")]
 
     def unfinished(self) -> list[str]:
         """Where checkpoints lie that were not written to their end."""
         finished = self.steps()
-        return [f"{self._directory.location}/{_place(step)}" for step in self._begun() if step not in finished]
+        return [f"{self._directory.location}/{self._place(step)}" for step in self._begun() if step not in finished]
 
     def _begun(self) -> list[int]:
-        names = self._directory.names("checkpoints")
+        names = self._directory.names(self._folder)
         return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
 
     def save(self, state: LearnerState) -> None:
@@ -60,7 +63,7 @@ class Checkpoints:
         files = {f"{name}.safetensors": save(part) for name, part in tensors.items()}
         files["state.json"] = json.dumps({"format": FORMAT, "step": state.step}).encode()
         digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-        place = _place(state.step)
+        place = self._place(state.step)
         self._directory.make(place)
         for name, content in files.items():
             self._directory.write(f"{place}/{name}", content)
@@ -68,7 +71,7 @@ class Checkpoints:
 
     def load(self, step: int) -> LearnerState:
         """Reads a checkpoint. Raises CheckpointError where anything in it is not as it was written."""
-        place = _place(step)
+        place = self._place(step)
         where = f"{self._directory.location}/{place}"
         files = self._verified_files(place, where)
         try:
@@ -99,7 +102,7 @@ class Checkpoints:
                 warn(f"{error} Trying the one before.")
         if steps:
             raise CheckpointError(
-                f"{self._directory.location}/checkpoints: none of {len(steps)} checkpoints is intact."
+                f"{self._directory.location}/{self._folder}: none of {len(steps)} checkpoints is intact."
                 " Restore one, or start another run directory."
             )
         return None
@@ -108,8 +111,8 @@ class Checkpoints:
         """Removes all but the last `keep` checkpoints and the best one."""
         for step in self.steps()[:-keep]:
             if step != best:
-                place = f"{self._directory.path}/{_place(step)}"
-                with writing(f"{self._directory.location}/{_place(step)}"):
+                place = f"{self._directory.path}/{self._place(step)}"
+                with writing(f"{self._directory.location}/{self._place(step)}"):
                     # The manifest goes first: what is left of a half-removed checkpoint does not count.
                     self._directory.file_system.delete_file(f"{place}/manifest.json")
                     self._directory.file_system.delete_dir(place)
@@ -143,6 +146,9 @@ class Checkpoints:
             return self._directory.read(f"{place}/{name}")
         except RunDirectoryError as error:
             raise CheckpointError(f"{str(error).rpartition('. ')[0]}. The checkpoint is not used.") from None
+
+    def _place(self, step: int) -> str:
+        return f"{self._folder}/{checkpoint_name(step)}"
 
     def _named(self, part: str, vector: np.ndarray) -> dict[str, np.ndarray]:
         named: dict[str, np.ndarray] = {}
@@ -201,7 +207,3 @@ class CheckpointWriter:
 
 def _manifest(digests: dict[str, str]) -> bytes:
     return (json.dumps({"format": FORMAT, "sha256": digests}, indent=2) + "\n").encode()
-
-
-def _place(step: int) -> str:
-    return f"checkpoints/{checkpoint_name(step)}"

@@ -17,6 +17,7 @@ from metadist.commands.similar import similar
 from metadist.commands.submit import submit
 from metadist.commands.train import train
 from metadist.commands.tune import tune
+from metadist.commands.update import update
 from metadist.errors import MetadistError
 
 
@@ -40,7 +41,7 @@ def cli() -> None:
     """Distributed meta-training on Ray: the same bits for any number of workers, failure or resume."""
 
 
-for command in (train, submit, evaluate, adapt, similar, predict, compare, tune, report, data, doctor):
+for command in (train, submit, evaluate, adapt, similar, update, predict, compare, tune, report, data, doctor):
     cli.add_command(command)
 
 

@@ -20,6 +20,7 @@ from metadist.pictures import draw_evaluation
 from metadist.run_directory import RunDirectory
 from metadist.scores import NO_BATCH_NORM, Evaluation, PolicyScores
 from metadist.sections import EvaluationSettings
+from metadist.versions import Versions
 
 
 def evaluate_with(
@@ -159,9 +160,25 @@ def read_config_text(directory: RunDirectory) -> str:
 
 
 def load_state(directory: RunDirectory, experiment: Experiment, step: int | None, console: Console) -> LearnerState:
-    """The newest checkpoint's state, or that of `step`. Raises MetadistError where there is none."""
+    """The state of the version in use (the newest checkpoint, unless the run was updated), or that of `step`.
+
+    Raises MetadistError where there is none.
+    """
     checkpoints = Checkpoints(directory, experiment.theta, experiment.network.statistics_layout)
     saved = checkpoints.steps()
+    versions = Versions(directory)
+    if step is None and (number := versions.current):
+        record = versions.record(number)
+        console.print(Text(f"version {number} of {directory.location}, updated with {record['tasks']} tasks"))
+        if saved and saved[-1] > record["trained_steps"]:
+            console.print(
+                Text(
+                    f"It was trained from step {record['trained_steps']} to {saved[-1]} since, and version {number} has"
+                    f" none of that: metadist update {directory.location} --rollback 0, then update again.",
+                    "yellow",
+                )
+            )
+        return versions.load(number, experiment)
     if step is not None and step not in saved:
         has = ", ".join(map(str, saved)) or "none"
         raise RunDirectoryError(f"{directory.location} has no checkpoint of step {step}; it has {has}. Choose one.")

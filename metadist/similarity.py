@@ -23,8 +23,8 @@ from metadist.core.keys import TaskKey
 from metadist.cross_validation import cross_validate
 from metadist.errors import DataError
 from metadist.features import features
+from metadist.held_out import REFERENCE_SEED, tasks_like
 from metadist.task_statistics import UNUSUAL, FeatureSpace, task_statistics
-from metadist.tasks.few_shot import FewShot, FewShotSource
 
 TRAINING_TASKS = 60
 VALIDATION_TASKS = 99
@@ -34,8 +34,6 @@ REFERENCE_EXAMPLES = 100
 NEAR, FAR = 0.05, 0.01
 """p-values above the first are near, up to the second far, between them a stretch."""
 NEAREST = 5
-REFERENCE_SEED = 2**63
-"""Of the tasks that are compared with: no training or evaluation draws them."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ def make_neighbourhood(run: LoadedRun, sizes: tuple[int, ...]) -> Neighbourhood:
     ways = _ways(run, sizes)
 
     def statistics(split: str, number: int) -> list[dict[str, float]]:
-        return [task_statistics(run, space, task, ways) for task in _tasks(run, split, sizes, number)]
+        return [task_statistics(run, space, task, ways) for task, _ in tasks_like(run, split, sizes, number)]
 
     seen = statistics("train", TRAINING_TASKS)
     table = np.array([list(one.values()) for one in seen])
@@ -147,49 +145,12 @@ def make_neighbourhood(run: LoadedRun, sizes: tuple[int, ...]) -> Neighbourhood:
         deviation=dict(zip(names, spread[kept].tolist(), strict=True)),
         calibration=np.empty(0),
     )
-    held_out = _tasks(run, "val", sizes, VALIDATION_TASKS)
-    return dataclasses.replace(around, calibration=np.array([distance(around.deviations(task)) for task in held_out]))
+    distances = [distance(around.deviations(task)) for task, _ in tasks_like(run, "val", sizes, VALIDATION_TASKS)]
+    return dataclasses.replace(around, calibration=np.array(distances))
 
 
 def _ways(run: LoadedRun, sizes: tuple[int, ...]) -> int:
     return len(sizes) if run.spec.kind == "classification" else 0
-
-
-def _tasks(run: LoadedRun, split: str, sizes: tuple[int, ...], number: int) -> list[Examples]:
-    """Support sets of a split's tasks, with so many examples of each class."""
-    source: Any = run.experiment.source
-    most = max(sizes)
-    if isinstance(source, FewShotSource):
-        smallest = int(min(source.pool.sizes()[source.pool.class_ids[name]].min() for name in ("train", "val")))
-        if most >= smallest:
-            raise DataError(
-                f"the support set has {most} examples of one class, and the classes that this run's pool has to compare"
-                f" with have {smallest}. Give at most {smallest - 1} a class."
-            )
-        asked = FewShot(
-            pool=source.settings.pool,
-            ways=len(sizes),
-            shots=most,
-            queries=1,
-            rotate_classes=source.settings.rotate_classes,
-        )
-        source = FewShotSource(asked, source.pool)
-    keys = [TaskKey(REFERENCE_SEED, split, 0, task) for task in range(number)]
-    tasks = []
-    for key in keys:
-        support = source.sample([key]).support
-        x, y = support.x[0], support.y[0]
-        if run.spec.kind == "classification":
-            kept = torch.cat([torch.nonzero(y == label).flatten()[:size] for label, size in enumerate(sizes)])
-        else:
-            kept = torch.arange(len(y))[:most]
-        if len(kept) != sum(sizes):
-            raise DataError(
-                f"the support set has {sum(sizes)} examples, and this run's tasks have {len(y)}, so there is nothing to"
-                f" compare it with. Give {len(y)} examples."
-            )
-        tasks.append(Examples(x[kept], y[kept]))
-    return tasks
 
 
 def _feature_space(run: LoadedRun) -> FeatureSpace:

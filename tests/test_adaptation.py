@@ -17,6 +17,7 @@ from metadist import MetaTrainer, load
 from metadist.algorithms import MAML, R2D2, ProtoNet
 from metadist.cli import cli
 from metadist.core.episode import Examples
+from metadist.core.keys import TaskKey
 from metadist.cross_validation import _temperature, wilson
 from metadist.errors import DataError
 from metadist.models import MLP, Conv4
@@ -357,3 +358,24 @@ def test_a_network_for_another_support_size_normalises_by_that_many_rows():
         expected = (hidden[size:] - mean) / (variance + 1e-5).sqrt()
         support = Examples(x[:size], torch.zeros(size))
         torch.testing.assert_close(network.outputs(params, x[size:], reference=support.x), expected)
+
+
+def test_one_example_a_class_is_told_how_held_out_classes_go(proto_net, vectors, tmp_path):
+    model = proto_net.adapt(points([8, 9, 10], 1), NAMES)
+    assert model.cross_validation is None
+    found = proto_net.expected_accuracy(model)
+    source = FewShot(pool=vectors, ways=3, shots=1, queries=5).open()
+    scores = []
+    for task in range(40):
+        episode = source.sample([TaskKey(2**63, "val", 0, task)])
+        one = proto_net.adapt(episode.support.x[0].numpy(), episode.support.y[0].numpy(), cross_validation=False)
+        scores.append(one.score(episode.query.x[0].numpy(), episode.query.y[0].numpy()))
+    assert found.mean == pytest.approx(np.mean(scores))
+    assert found.range == pytest.approx(np.percentile(scores, (2.5, 97.5)))
+    assert found.tasks == 40
+
+
+def test_no_expectation_is_made_up_where_there_are_no_such_tasks(proto_net):
+    # Four validation classes give no task of five.
+    model = proto_net.adapt(points([0, 1, 8, 9, 10], 1), list("abcde"))
+    assert proto_net.expected_accuracy(model) is None

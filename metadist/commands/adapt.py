@@ -60,6 +60,7 @@ def adapt(
         from metadist.export import export_model
 
         export_model(model, out)
+    expected = loaded.expected_accuracy(model) if model.cross_validation is None else None
     result = {
         "run_dir": loaded.location,
         "step": loaded.step,
@@ -68,6 +69,7 @@ def adapt(
         "support_examples": len(x),
         "inner_steps": model.steps,
         "cross_validation": model.cross_validation.as_dict() if model.cross_validation else None,
+        "expected_accuracy": expected.as_dict() if expected else None,
         "temperature": model.temperature,
         "query_examples": len(rows),
         "query_score": model.score(asked.x, asked.y) if asked and asked.y is not None else None,
@@ -116,7 +118,7 @@ def _show(model: "AdaptedModel", result: dict[str, Any], predictions: str | None
     else:
         console.print(f"adapted to {result['support_examples']} examples", end="")
     console.print(f", {result['inner_steps']} inner step{'s' * (result['inner_steps'] != 1)}")
-    console.print(_trust(model.cross_validation, bool(classes)))
+    console.print(_trust(model.cross_validation, result["expected_accuracy"], bool(classes)))
     if result["query_score"] is not None:
         name = "accuracy" if classes else "R²"
         score = f"{result['query_score']:.2%}" if classes else f"{result['query_score']:.4f}"
@@ -133,12 +135,16 @@ def _show(model: "AdaptedModel", result: dict[str, Any], predictions: str | None
             console.print(f"and {len(result['predictions']) - 20} more: --predictions FILE.csv or --json has all")
 
 
-def _trust(found: "CrossValidation | None", classes: bool) -> str:
-    """What cross-validation says, in words."""
+def _trust(found: "CrossValidation | None", expected: dict[str, Any] | None, classes: bool) -> str:
+    """What cross-validation says, in words; without it, what tasks of held-out classes let expect."""
     if found is None:
+        said = "no estimate from these examples is possible: that takes a second one of some class."
+        if expected is None:
+            return f"{said} Give more examples, or a --query with labels."
+        low, high = expected["range"]
         return (
-            "no estimate of its accuracy is possible: that takes a second example of some class. Give more examples,"
-            " or a --query with labels."
+            f"{said}\n{expected['tasks']} tasks of the run's validation classes with as many ways and shots had"
+            f" {expected['mean']:.1%} on average, 95 % of them {low:.1%} to {high:.1%}; yours may be harder or easier"
         )
     way = "leaving out one example after another" if found.folds == found.scored else f"{found.folds}-fold"
     if not classes:
