@@ -13,6 +13,7 @@ from metadist.commands.doctor import doctor
 from metadist.commands.evaluate import evaluate
 from metadist.commands.predict import predict
 from metadist.commands.report import report
+from metadist.commands.serve import serve
 from metadist.commands.similar import similar
 from metadist.commands.submit import submit
 from metadist.commands.train import train
@@ -41,7 +42,7 @@ def cli() -> None:
     """Distributed meta-training on Ray: the same bits for any number of workers, failure or resume."""
 
 
-for command in (train, submit, evaluate, adapt, similar, update, predict, compare, tune, report, data, doctor):
+for command in (train, submit, evaluate, adapt, similar, update, predict, serve, compare, tune, report, data, doctor):
     cli.add_command(command)
 
 

@@ -80,7 +80,7 @@ def _from_directory(place: Path, spec: EpisodeSpec) -> LabelledExamples:
             f" {'both' if plain else 'neither'}. Sort them."
         )
     files = labelled or plain
-    images = np.stack([_fitted(file.read_bytes(), str(file), spec) for file in files])
+    images = np.stack([fitted(file.read_bytes(), str(file), spec) for file in files])
     y = np.array([file.parent.name for file in labelled]) if labelled else None
     return LabelledExamples(images, y, [str(file.relative_to(place)) for file in files])
 
@@ -96,7 +96,7 @@ def _table_images(table: pa.Table, path: str, spec: EpisodeSpec) -> np.ndarray:
             f" {', '.join(map(repr, table.column_names))}. Give a directory of images, or store their files there."
         )
     rows: Iterator[Any] = iter(table["image"].to_pylist())
-    return np.stack([_fitted(data, f"{path}: row {row + 1}", spec) for row, data in enumerate(rows)])
+    return np.stack([fitted(data, f"{path}: row {row + 1}", spec) for row, data in enumerate(rows)])
 
 
 def _table_features(table: pa.Table, path: str, spec: EpisodeSpec, target: str) -> np.ndarray:
@@ -120,7 +120,7 @@ def _table_features(table: pa.Table, path: str, spec: EpisodeSpec, target: str) 
     return np.array(rows, dtype=np.float32)
 
 
-def _fitted(data: bytes | None, where: str, spec: EpisodeSpec) -> np.ndarray:
+def fitted(data: bytes | None, where: str, spec: EpisodeSpec) -> np.ndarray:
     """uint8 `[channels, height, width]` of the spec, whatever size and colours the image has."""
     pixels = decode_image(data, where)
     channels, height, width = spec.input_shape
