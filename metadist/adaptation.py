@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from rich.text import Text
 from torch import Tensor
 
 from metadist.config import Config
@@ -14,12 +15,14 @@ from metadist.core.episode import EpisodeSpec, Examples
 from metadist.core.keys import TaskKey
 from metadist.core.network import Network
 from metadist.core.params import Params
+from metadist.core.task_source import TaskSource
 from metadist.cross_validation import CrossValidation, cross_validate
 from metadist.errors import DataError, UserError
 from metadist.evaluation import load_run_config, load_state
-from metadist.experiment import Experiment, make_experiment
+from metadist.experiment import Experiment, make_experiment, open_task
 from metadist.held_out import Expectation, expected_accuracy
-from metadist.run_directory import RunDirectory
+from metadist.run_directory import SPEC_FILE, RunDirectory
+from metadist.tasks.remembered import RememberedSource, recalled
 
 LOOKS_INVERTED = (
     "{place}: these images look like negatives of those that the run was trained on (dark where those are light)."
@@ -147,6 +150,8 @@ class LoadedRun:
         """Whether images `x`, uint8, are nearer in brightness to the negatives of training images than to those."""
         if len(self.spec.input_shape) != 3 or x.dtype != np.uint8:
             return False
+        if isinstance(self.experiment.source, RememberedSource):
+            return False  # There is nothing to compare with.
         keys = [TaskKey(self.config.training.seed, "train", 0, task) for task in range(BRIGHTNESS_TASKS)]
         usual = float(self.experiment.source.sample(keys).query.x.mean())
         found = float(x.mean()) / 255
@@ -181,20 +186,34 @@ class LoadedRun:
 
 
 def load(run_dir: str, *, step: int | None = None, config: Config | None = None) -> LoadedRun:
-    """Loads a run directory's newest checkpoint (or that of `step`) to adapt it to data of one's own.
+    """Loads a run directory's version in use (or its checkpoint of `step`) to adapt it to data of one's own.
 
-    `config` is needed only where the run's task, model or algorithm is an object of your own program.
-    Raises UserError where the directory holds no run.
+    `config` is needed only where the run's task, model or algorithm is an object of your own program. The data
+    that the run was trained on need not be at hand. Raises UserError where the directory holds no run.
     """
-    directory = RunDirectory(run_dir)
+    directory, console = RunDirectory(run_dir), Console(stderr=True)
     try:
         config = config or load_run_config(directory)
-        experiment = make_experiment(config)
-        state = load_state(directory, experiment, step, Console(stderr=True))
+        experiment = make_experiment(config, _source(directory, config, console))
+        state = load_state(directory, experiment, step, console)
     finally:
         directory.close()
     theta, statistics = torch.tensor(state.theta), torch.tensor(state.statistics)
     return LoadedRun(directory.location, config, experiment, theta, statistics, state.step)
+
+
+def _source(directory: RunDirectory, config: Config, console: Console) -> TaskSource:
+    """The run's own source, or where its data cannot be had, what the run directory tells of it."""
+    try:
+        return open_task(config.task)
+    except DataError as error:
+        if not directory.exists(SPEC_FILE):
+            raise
+        console.print(Text(f"{error} Until then the run is used without its tasks.", "yellow"), soft_wrap=True)
+        try:
+            return recalled(directory.read(SPEC_FILE), str(error))
+        except (ValueError, TypeError, LookupError):
+            raise DataError(f"{directory.location}/{SPEC_FILE} is damaged, and {error}") from None
 
 
 def _policy_in_use(policy: BatchNormPolicy) -> BatchNormPolicy:

@@ -42,9 +42,12 @@ class Experiment:
     threads: int
 
 
-def make_experiment(config: Config) -> Experiment:
-    """Opens the task source and builds the model. Raises UserError where they do not fit each other."""
-    source = open_task(config.task)
+def make_experiment(config: Config, source: TaskSource | None = None) -> Experiment:
+    """Opens the task source, unless one is given, and builds the model.
+
+    Raises UserError where they do not fit each other.
+    """
+    source = open_task(config.task) if source is None else source
     module = _make_module(config, source)
     training = config.training
     if batch_norms(module) and training.batch_norm is None:

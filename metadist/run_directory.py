@@ -14,6 +14,9 @@ from metadist.config_file import dump_yaml
 from metadist.errors import RunDirectoryError
 from metadist.files import open_file_system, reason, writing
 
+SPEC_FILE = "spec.json"
+"""The shapes of the task source's episodes."""
+
 
 class RunDirectory:
     """One run's files, under names that never change.

@@ -27,9 +27,10 @@ from metadist.journal import Journal
 from metadist.lease import Lease
 from metadist.pictures import draw_timeline, draw_training
 from metadist.resume import Resume, open_run
-from metadist.run_directory import RunDirectory
+from metadist.run_directory import SPEC_FILE, RunDirectory
 from metadist.scores import Evaluation, mean_and_interval
 from metadist.sections import RunSettings, ScalingSettings
+from metadist.tasks.remembered import remembered
 
 VALIDATION_SEED = 1
 """Validation episodes while training are other than those of `metadist evaluate --split val`, whose seed is 0."""
@@ -100,6 +101,7 @@ class MetaTrainer:
             directory = RunDirectory(config.run_directory)
             stack.callback(directory.close)
             state, expected = open_run(directory, config, experiment, self._resume, self._allow_numeric_drift, console)
+            directory.write_json(SPEC_FILE, remembered(experiment.source))
             executor = make_executor(config, experiment, console)
             stack.callback(executor.close)
             # After Ray has started: it puts a SIGTERM handler of its own in place.

@@ -194,8 +194,9 @@ class _Update:
         old = fitted_source(trained.source, tasks)
         self.own = OwnTaskSource(tasks, old)
         self.share = share
-        # Nothing is compiled for so few steps; running statistics and theta go on, the optimizer begins anew.
-        self.state = dataclasses.replace(state, optimizer={})
+        # Nothing is compiled for so few steps. The optimizer goes on too: one that began anew would make its first
+        # steps as large for a small gradient as for a big one.
+        self.state = state
         self.config = dataclasses.replace(
             config,
             task=MixedSource(self.own, batch, share),

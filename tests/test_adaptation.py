@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from metadist.cross_validation import _temperature, wilson
 from metadist.errors import DataError
 from metadist.models import MLP, Conv4
 from metadist.sections import EvaluationSettings, RunSettings, TrainingSettings
+from metadist.similarity import similarity
 from metadist.tasks import FewShot
 from metadist.tasks.class_pool import PoolRow, write_pool
 from metadist.tasks.labelled_files import read_labelled
@@ -379,3 +381,25 @@ def test_no_expectation_is_made_up_where_there_are_no_such_tasks(proto_net):
     # Four validation classes give no task of five.
     model = proto_net.adapt(points([0, 1, 8, 9, 10], 1), list("abcde"))
     assert proto_net.expected_accuracy(model) is None
+
+
+def test_a_run_adapts_where_its_pool_is_not_at_hand_and_says_so(vectors, tmp_path, capsys):
+    pool = Path(shutil.copy(vectors, tmp_path / "pool.parquet"))
+    run_dir = trained(tmp_path, str(pool), MAML(inner_lr=0.1, inner_steps=3))
+    x, y = points([9, 8, 10], 2), NAMES[np.repeat([1, 0, 2], 2)]
+    with_pool = load(run_dir).adapt(x, y)
+    pool.unlink()
+    run = load(run_dir)
+    assert "no such class pool" in capsys.readouterr().err
+    model = run.adapt(x, y)
+    np.testing.assert_array_equal(model.predict_proba(x), with_pool.predict_proba(x))
+    one = run.adapt(points([8, 9, 10], 1), NAMES)
+    assert run.expected_accuracy(one) is None
+    with pytest.raises(DataError, match="tasks of the run's own are needed"):
+        similarity(run, x, y)
+    (Path(run_dir) / "spec.json").write_text('{"spec": 1}')
+    with pytest.raises(DataError, match=r"spec\.json is damaged"):
+        load(run_dir)
+    (Path(run_dir) / "spec.json").unlink()
+    with pytest.raises(DataError, match="no such class pool"):
+        load(run_dir)
