@@ -2,7 +2,7 @@
 
     python -m benchmarks.latin_update runs/omniglot_without_latin data/omniglot_without_latin.parquet
 
-Half of the letters are learned from: 5, 20 and 50 tasks, each of five of them by twelve people. Scored are the other
+Half of the letters are learned from: 5, 20 and 50 tasks, each of ten of them by twelve people. Scored are the other
 letters, from one drawing each, before and after, on the same support sets; and old tasks, by `metadist update` itself.
 The run is copied, and stays as it was.
 """
@@ -28,7 +28,7 @@ from metadist.updating import roll_back
 
 LEARNED = np.random.default_rng(0).permutation(26)[:13]
 OTHERS = np.setdiff1d(np.arange(26), LEARNED)
-WAYS, DRAWINGS = 5, 12
+WAYS, DRAWINGS = 10, 12
 
 
 def write_tasks(drawings: np.ndarray, place: Path, number: int) -> str:
