@@ -317,3 +317,23 @@ def test_an_entry_point_that_cannot_be_used_is_named(
     install(tmp_path, monkeypatch, {"algorithms": entry}, module)
     with pytest.raises(ConfigError, match=message):
         load_config(small)
+
+
+def test_a_config_names_what_the_project_in_the_current_directory_declares_installed_or_not(
+    tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "plugin_of_a_test.py").write_text(MODULE)
+    (tmp_path / "pyproject.toml").write_text(
+        '[project.entry-points."metadist.algorithms"]\nhalved = "plugin_of_a_test:Halved"\n'
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "plugin_of_a_test", raising=False)
+    with pytest.raises(ConfigError, match=r"algorithm\.name must be one of"):
+        load_config(small, ["algorithm.name=halved"])
+    monkeypatch.chdir(tmp_path)
+    assert load_config(small, ["algorithm.name=halved"]).algorithm.half
+    install(tmp_path, monkeypatch, {"algorithms": "halved = plugin_of_a_test:Halved"})
+    assert load_config(small, ["algorithm.name=halved"]).algorithm.half
+    (tmp_path / "pyproject.toml").write_text("[project")
+    with pytest.raises(ConfigError, match=r"pyproject\.toml in this directory is not valid TOML \(.*declaration"):
+        load_config(small)

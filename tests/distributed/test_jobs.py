@@ -1,4 +1,4 @@
-"""Runs as Ray jobs, on a head with a dashboard that asks for a token."""
+"""A user's own project as Ray jobs, on a cluster of three nodes that asks for a token."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ import pytest
 import requests
 
 from metadist import MetaTrainer, load_config
+from metadist.training import Result
+from tests.distributed.faulty import processes_named
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -29,9 +32,11 @@ pytestmark = pytest.mark.ray
 
 @dataclass(frozen=True)
 class Head:
-    """A cluster of one node with two CPUs, and a user's project directory beside it."""
+    """A cluster of three nodes with one CPU each, and a user's project directory beside it."""
 
     address: str
+    workers: list[subprocess.Popen]
+    """The `ray start` of each node other than the head."""
     project: Path
     environment: dict[str, str]
     """Of a user who has no token."""
@@ -49,35 +54,43 @@ class Head:
     def submit(self, *more: str) -> list[str]:
         sets = [part for assignment in SETS for part in ("--set", assignment)]
         return [
-            *[sys.executable, "-m", "metadist", "submit", "sinusoid.yaml", *sets],
+            *[sys.executable, "-m", "metadist", "submit", "experiment.yaml", *sets],
             *["--workers", "1", "--address", self.address, *more],
         ]
 
 
 @pytest.fixture(scope="module")
 def head(ray_home: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    project = tmp_path_factory.mktemp("project")
-    shutil.copy(ROOT / "configs/sinusoid_maml.yaml", project / "sinusoid.yaml")
+    project = tmp_path_factory.mktemp("parent") / "project"
+    shutil.copytree(ROOT / "examples/own_project", project, ignore=shutil.ignore_patterns("__pycache__", "runs"))
     (project / "data").mkdir()
     (project / "data/big.bin").write_bytes(b"not for the cluster")
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     environment = {**ray_home, "PATH": path, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": "127.0.0.1:1"}
-    head_port, dashboard, agent, client = free_ports(4)
+    head_port, dashboard, client, *agents = free_ports(6)
     # A short path: Ray's sockets lie there, and their names may have 107 characters.
-    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as temporary:
-        head = Head(f"http://127.0.0.1:{dashboard}", project, environment, Path(temporary))
-        # With --block, so that ending this one process ends this head and no other Ray of the machine.
-        command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={temporary}"]
-        command += [f"--port={head_port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
-        command += [f"--ray-client-server-port={client}", "--disable-usage-stats"]
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as temporary, ExitStack() as running:
+        head = Head(f"http://127.0.0.1:{dashboard}", [], project, environment, Path(temporary))
         env = {name: value for name, value in head.env().items() if name != "RAY_ADDRESS"}
-        with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
-            try:
-                wait_for(lambda: running.poll() is not None or nodes_of(head) == 1)
-                assert running.poll() is None, "the head ended"
-                yield head
-            finally:
-                running.terminate()
+
+        def start(*options: str) -> subprocess.Popen:
+            # With --block, so that ending this one process ends this node and no other Ray of the machine.
+            command = [str(BIN / "ray"), "start", "--block", "--num-cpus=1", "--disable-usage-stats", *options]
+            command.append(f"--dashboard-agent-listen-port={agents.pop()}")
+            node = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            running.enter_context(node)
+            running.callback(node.terminate)
+            return node
+
+        ports = [f"--port={head_port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
+        first = start("--head", f"--temp-dir={temporary}", *ports)
+        # One after another: nodes that start on one machine at once would choose the same ports.
+        for number in (1, 2, 3):
+            wait_for(lambda number=number: first.poll() is not None or nodes_of(head) == number)
+            assert first.poll() is None, "the head ended"
+            if number < 3:
+                head.workers.append(start(f"--address=127.0.0.1:{head_port}"))
+        yield head
 
 
 def free_ports(number: int) -> list[int]:
@@ -107,14 +120,13 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-@pytest.fixture(scope="module")
-def local_theta(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """SHA-256 of theta after the same steps in this process."""
-    path = tmp_path_factory.mktemp("local")
-    config = load_config(
-        ROOT / "configs/sinusoid_maml.yaml", [*SETS, "scaling.num_workers=0", f"run.storage_path={path}"]
-    )
-    return MetaTrainer(config).fit(evaluate=False).theta_sha256
+def locally(head: Head, run_dir: Path, *sets: str) -> Result:
+    """The same run in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path])
+        patch.chdir(head.project)
+        parts = [f"run.storage_path={run_dir.parent}", f"run.name={run_dir.name}", "scaling.num_workers=0"]
+        return MetaTrainer(load_config("experiment.yaml", [*SETS, *sets, *parts])).fit(evaluate=False)
 
 
 def theta_in(log: str) -> str:
@@ -122,8 +134,8 @@ def theta_in(log: str) -> str:
     return found
 
 
-def test_a_submitted_run_has_the_bits_of_a_local_one_and_submitting_it_again_goes_on(
-    head: Head, tmp_path: Path, local_theta: str
+def test_a_project_submitted_from_its_directory_has_the_bits_of_a_local_run_and_submitted_again_goes_on(
+    head: Head, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
     done = head.run(*head.submit("--run-dir", str(run_dir), "--json"))
@@ -131,7 +143,9 @@ def test_a_submitted_run_has_the_bits_of_a_local_one_and_submitting_it_again_goe
     result = json.loads(done.stdout)
     assert (result["run_dir"], result["status"], result["exit_status"]) == (str(run_dir), "SUCCEEDED", 0)
     assert f"job            {result['job_id']}\nrun directory  {run_dir}\n" in done.stderr
+    local_theta = locally(head, tmp_path / "local").theta_sha256
     assert theta_in(done.stderr) == local_theta
+    assert "name: sign_maml" in (run_dir / "config.yaml").read_text()
     assert {"config.yaml", "metrics.jsonl", "evaluation.json", "checkpoints"} <= {p.name for p in run_dir.iterdir()}
     assert not (run_dir / "lease.json").exists()
     again = head.run(*head.submit("--run-dir", str(run_dir), "--workers", "0", "--no-evaluate"))
@@ -140,35 +154,9 @@ def test_a_submitted_run_has_the_bits_of_a_local_one_and_submitting_it_again_goe
     assert theta_in(again.stderr) == local_theta
     details = job_details(head)
     assert TOKEN not in details + done.stdout + done.stderr + "".join(texts_below(run_dir))
-    packed = head.temporary.glob("session_2*/runtime_resources/working_dir_files/_ray_pkg_*/*")
-    assert {path.name for path in packed} == {"sinusoid.yaml"}
-
-
-def test_ray_job_submit_gives_the_same_bits(head: Head, tmp_path: Path, local_theta: str) -> None:
-    train = [
-        "python",
-        "-m",
-        "metadist",
-        "train",
-        "sinusoid.yaml",
-        "--no-evaluate",
-        "--workers",
-        "1",
-        "--run-dir",
-        str(tmp_path / "run"),
-    ]
-    train += [part for assignment in SETS for part in ("--set", assignment)]
-    environment = head.env() | {"RAY_ADDRESS": head.address}
-    done = subprocess.run(
-        [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--", *train],
-        cwd=head.project,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=WAIT_S,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert theta_in(done.stdout) == local_theta
+    # The project alone: neither its data nor metadist's source.
+    packed = {path.name for path in head.temporary.glob("session_2*/runtime_resources/working_dir_files/_ray_pkg_*/*")}
+    assert packed - {"__pycache__"} == {path.name for path in (ROOT / "examples/own_project").glob("*.*")}
 
 
 def test_without_the_token_it_is_refused_with_what_to_set(head: Head, tmp_path: Path) -> None:
@@ -183,7 +171,7 @@ def test_more_adapters_than_the_cluster_holds_are_refused_before_anything_is_sen
     before = job_details(head)
     done = head.run(*head.submit("--run-dir", str(tmp_path / "run"), "--workers", "9"))
     assert done.returncode == 2, done.stderr
-    assert "9 adapters of CPU 1 each do not fit the cluster, which has CPU 2 on 1 node: room for 2" in done.stderr
+    assert "9 adapters of CPU 1 each do not fit the cluster, which has CPU 3 on 3 nodes: room for 3" in done.stderr
     assert job_details(head) == before
 
 
@@ -215,6 +203,42 @@ def test_ctrl_c_leaves_the_job_running_and_the_printed_commands_attach_and_stop(
     words = stop.split()[1:]
     subprocess.run(words, env=environment, check=True, capture_output=True, timeout=WAIT_S)
     wait_for(lambda: status_of(head, job) == "STOPPED")
+
+
+def test_a_node_that_is_killed_in_mid_run_costs_no_bit(head: Head, tmp_path: Path) -> None:
+    """Submitted with `ray job submit`. The last test here, since the cluster is smaller after it."""
+    run_dir, more = tmp_path / "run", ["training.steps=100", "run.checkpoint_config.checkpoint_frequency=10"]
+    train = ["python", "-m", "metadist", "train", "experiment.yaml", "--workers", "2:3", "--run-dir", str(run_dir)]
+    train += [part for assignment in [*SETS, *more] for part in ("--set", assignment)]
+    process = subprocess.Popen(
+        [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--", *train],
+        cwd=head.project,
+        env=head.env() | {"RAY_ADDRESS": head.address},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+    def adapters_at(node: subprocess.Popen) -> list[int]:
+        return processes_named("ray::AdapterActor", node.pid)
+
+    def may_strike() -> bool:
+        # One adapter on each node, and something done by them.
+        at_work = all(map(adapters_at, head.workers)) and any(run_dir.glob("checkpoints/step_*/manifest.json"))
+        return at_work or process.poll() is not None
+
+    wait_for(may_strike)
+    victim = head.workers[0]
+    for pid in [victim.pid, *processes_named("", victim.pid)]:
+        os.kill(pid, signal.SIGKILL)
+    output, _ = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 0, output
+    assert ", 1 adapters lost, " in output
+    local = locally(head, tmp_path / "local", *more)
+    assert theta_in(output) == local.theta_sha256
+    assert (run_dir / "metrics.jsonl").read_text() == (tmp_path / "local/metrics.jsonl").read_text()
+    assert {"evaluation.json", "fingerprint.json", "timeline.jsonl"} <= {path.name for path in run_dir.iterdir()}
+    assert (run_dir / "checkpoints/step_00000100/manifest.json").exists()
 
 
 def job_details(head: Head) -> str:
