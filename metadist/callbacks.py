@@ -8,7 +8,7 @@ from metadist.distributed.seconds import Seconds
 if TYPE_CHECKING:
     from metadist.config import Config
 
-Fault = Literal["adapter_lost", "learner_lost"]
+Fault = Literal["adapter_lost", "learner_lost", "bad_episodes"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Callback:
         """A checkpoint is being written; training goes on meanwhile."""
 
     def on_fault(self, step: int, fault: Fault, text: str) -> None:
-        """Something was lost after `step` steps and is being made good."""
+        """Something was lost after `step` steps and is being made good, or left out of the last of them."""
 
     def on_end(self, step: int) -> None:
         """The run is over or interrupted, with `step` steps done; called also when an error ends it."""

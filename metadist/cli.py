@@ -12,6 +12,7 @@ from metadist.commands.data import data
 from metadist.commands.doctor import doctor
 from metadist.commands.evaluate import evaluate
 from metadist.commands.predict import predict
+from metadist.commands.replay import replay
 from metadist.commands.report import report
 from metadist.commands.serve import serve
 from metadist.commands.similar import similar
@@ -42,7 +43,8 @@ def cli() -> None:
     """Distributed meta-training on Ray: the same bits for any number of workers, failure or resume."""
 
 
-for command in (train, submit, evaluate, adapt, similar, update, predict, serve, compare, tune, report, data, doctor):
+WORK_WITH_RUNS = (train, submit, evaluate, adapt, similar, update, predict, serve, compare, tune, report, replay)
+for command in (*WORK_WITH_RUNS, data, doctor):
     cli.add_command(command)
 
 

@@ -127,6 +127,8 @@ OWN_OBJECT = "(object of your program)"
 """Stands for the name of a task, model or algorithm that was given in Python and is not an entry point."""
 
 _MAY_DIFFER_ON_RESUME = ("scaling", "run", "evaluation")
+_MAY_DIFFER_WITHIN_TRAINING = (("training", "on_bad_episode"), ("training", "max_bad_episodes"))
+"""A run that a bad episode has ended goes on without it: up to there, both policies give the same bits."""
 
 
 def differences(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
@@ -141,6 +143,8 @@ def differences(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]
         for key in {**saved[section], **asked.get(section, {})}:
             before, now = saved[section].get(key), asked.get(section, {}).get(key)
             if before == now:
+                continue
+            if (section, key) in _MAY_DIFFER_WITHIN_TRAINING:
                 continue
             if (section, key) == ("training", "steps") and asked["outer"]["schedule"] not in LENGTH_DEPENDENT:
                 continue

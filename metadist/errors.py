@@ -57,6 +57,10 @@ class AdapterError(MetadistError):
     """A range of chunks failed in the same way twice."""
 
 
+class BadEpisodesError(MetadistError):
+    """More of a run's training episodes are bad than may be left out."""
+
+
 class LearnerLostError(MetadistError):
     """The learner died; training goes on from the last checkpoint."""
 

@@ -40,6 +40,7 @@ class Experiment:
     compile: bool
     device: str
     threads: int
+    skips_bad_episodes: bool
 
 
 def make_experiment(config: Config, source: TaskSource | None = None) -> Experiment:
@@ -108,6 +109,7 @@ def make_experiment(config: Config, source: TaskSource | None = None) -> Experim
         compile=_compiled(config, has_convolutions, device),
         device=device,
         threads=config.scaling.threads_per_worker,
+        skips_bad_episodes=training.on_bad_episode == "skip",
     )
 
 

@@ -8,9 +8,12 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from metadist.bad_episodes import BAD_EPISODES_FILE, BadEpisodes
 from metadist.callbacks import Callback, Fault, Status
 from metadist.checkpoint import Checkpoints, CheckpointWriter
 from metadist.config import Config
+from metadist.core.bad_episode import BadEpisode
+from metadist.core.plan import Plan
 from metadist.distributed.executor import Executor
 from metadist.distributed.learner import LearnerState
 from metadist.errors import LearnerLostError, RanksResizedError
@@ -47,6 +50,8 @@ class Journal:
         self._adapters_lost = 0
         directory.fetch(METRICS_FILE)
         directory.fetch(TIMELINE_FILE)
+        directory.fetch(BAD_EPISODES_FILE)
+        self._bad = BadEpisodes(directory.local, step, config.training)
         self._timeline = TimeLine(directory.local, step, config.run.log_every)
         self._tracker = Tracker(directory.local, step, config.run.log_every)
         self._progress = Progress(console, config.training.steps, step, config.training.meta_batch_size)
@@ -72,13 +77,14 @@ class Journal:
     def tasks_per_second(self) -> float:
         return self._progress.tasks_per_second
 
-    def record(self, step: int, metrics: dict[str, float], executor: Executor) -> None:
-        """`step` steps are done, the last of them with these metrics."""
-        self._step = step
+    def record(self, plan: Plan, metrics: dict[str, float], executor: Executor) -> None:
+        """A step is done, with these metrics. Raises BadEpisodesError where too many of its tasks were left out."""
+        self._step = step = plan.step + 1
+        self._leave_out(plan, executor.bad_episodes)
         last = step == self._config.training.steps
         self.last_metrics = without_nan(metrics)
         lost = executor.counters.adapters_lost
-        self._progress.step(step, metrics, executor.num_adapters, lost)
+        self._progress.step(step, metrics, executor.num_adapters, lost, self._bad.count)
         self._tracker.step(step, metrics, self.tasks_per_second, last)
         seconds = self._timeline.step(step, executor.seconds, last)
         if seconds is not None:
@@ -107,6 +113,7 @@ class Journal:
         """Begins to write a checkpoint; training goes on meanwhile."""
         self._tracker.flush()
         self._timeline.flush()
+        self._bad.flush()
         self._directory.upload()
         self._writer.save(state, self._best_step())
         for callback in self._callbacks:
@@ -127,6 +134,7 @@ class Journal:
         self._step = step
         self._tracker.rewind(step)
         self._timeline.rewind(step)
+        self._bad.rewind(step)
         return state
 
     def close(self) -> None:
@@ -136,6 +144,18 @@ class Journal:
         finally:
             self._timeline.close()
             self._tracker.close()
+            self._bad.close()
+
+    def _leave_out(self, plan: Plan, episodes: list[BadEpisode]) -> None:
+        if not episodes:
+            return
+        is_first = not self._bad.count
+        self._bad.add(plan, episodes)
+        what = f"task {episodes[0].key} is left out: {episodes[0].reason}"
+        if is_first:
+            self._console.print(Text(f"{what}. This and any more are in {BAD_EPISODES_FILE}.", "yellow"))
+        more = f", and {len(episodes) - 1} more" if len(episodes) > 1 else ""
+        self._tell_fault("bad_episodes", f"{what}{more}")
 
     def _tell_evaluation(self, split: str, scores: dict[str, float]) -> None:
         for callback in self._callbacks:

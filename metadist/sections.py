@@ -27,6 +27,11 @@ class TrainingSettings:
     """Must be given where the model has batch norm."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Of the outer loop's cross entropy (Szegedy et al. 2016, arXiv:1512.00567, sec. 7); evaluation has none."""
+    on_bad_episode: Literal["raise", "skip"] = "raise"
+    """Of a training task whose sampling or adapting raises, or whose loss or meta-gradient is NaN or infinite: ends the
+    run with its name, or leaves it out of the step's mean and writes it into bad_episodes.jsonl."""
+    max_bad_episodes: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Of `skip`: the largest share of the tasks of 100 steps, the last ones, that may be bad until the run ends."""
     strategy: Literal["auto", "vmap", "loop"] = "auto"
     """`auto`: one by one for models with convolutions on a CPU, all tasks of a chunk at once otherwise. One by one on a
     CPU, plain two-dimensional convolutions are matrix products over patches (`metadist/core/convolution.py`)."""

@@ -112,13 +112,13 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def open_after(path: Path, first_step: int) -> IO[str]:
+def open_after(path: Path, last_step: int, *, first_step: int = 1) -> IO[str]:
     """Opens a file of lines with a `step` for appending, without torn ones and those of steps to be done again."""
     kept = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                if 0 < json.loads(line)["step"] <= first_step:
+                if first_step <= json.loads(line)["step"] <= last_step:
                     kept.append(line)
             except (ValueError, LookupError, TypeError):
                 continue  # Torn by a kill.
@@ -146,7 +146,7 @@ class Progress:
         if self._live:
             self._live.stop()
 
-    def step(self, step: int, metrics: dict[str, float], adapters: int, lost: int) -> None:
+    def step(self, step: int, metrics: dict[str, float], adapters: int, lost: int, bad: int) -> None:
         now = time.monotonic()
         seconds = max(now - self._began, 1e-9)
         self.tasks_per_second = (step - self._first) * self._tasks / seconds
@@ -159,6 +159,7 @@ class Progress:
         parts += [] if math.isnan(accuracy) else [f"accuracy {accuracy:.1%}"]
         parts += [f"{self.tasks_per_second:,.0f} tasks/s", f"ETA {_clock(left)}", f"{adapters} adapters"]
         parts += [f"{lost} lost"] if lost else []
+        parts += [f"{bad} bad episodes left out"] if bad else []
         line = Text("  ".join(parts))
         if self._live:
             self._live.update(line)

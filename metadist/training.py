@@ -145,7 +145,7 @@ def train(
             sums = executor.run(plan, theta)
             metrics = executor.step(plan, theta, sums)
             step += 1
-            journal.record(step, metrics, executor)
+            journal.record(plan, metrics, executor)
             if config.evaluation.every and step % config.evaluation.every == 0:
                 journal.validation(step, validate(config, executor))
             if step % checkpoint_every == 0 or step == training.steps:

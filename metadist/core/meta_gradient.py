@@ -1,6 +1,7 @@
 """A chunk of episodes in, one summed meta-gradient out: the computation that everything else distributes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -15,7 +16,7 @@ from metadist.core.episode import EpisodeBatch, Examples
 from metadist.core.keys import TaskKey, seed_for_layers
 from metadist.core.network import Network
 from metadist.core.params import Layout, Params
-from metadist.errors import NonFiniteError
+from metadist.errors import NonFiniteError, first_line
 
 METRICS = ("loss", "accuracy")
 """Measured on each task's query set after adaptation; accuracy is NaN in regression."""
@@ -26,7 +27,7 @@ Strategy = Literal["vmap", "loop"]
 class Sums(NamedTuple):
     """Sums over the tasks of a chunk, of a range of chunks or of a whole step; float32 vectors.
 
-    Divided once, by the number of tasks, when the whole step is there.
+    Divided once, by the number of tasks that are in them, when the whole step is there.
     """
 
     gradient: np.ndarray
@@ -35,6 +36,8 @@ class Sums(NamedTuple):
     """`[statistics]`: the query sets' batch-norm statistics; empty unless the policy is `running`."""
     metrics: np.ndarray
     """`[len(METRICS)]`."""
+    left_out: np.ndarray = np.zeros(1, np.float32)
+    """`[1]`: how many of the plan's tasks are not in these sums, being bad; exact below 2^24."""
 
     def __add__(self, other: "Sums") -> "Sums":  # type: ignore[override]
         return Sums(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
@@ -73,20 +76,16 @@ class MetaGradient:
         Raises NonFiniteError, naming the task, where a loss or a meta-gradient is NaN or infinite.
         """
         tasks = [task for task, weight in enumerate(weights) if weight > 0]
-        step = keys[0].step
-        gradient_of = self._function(self.algorithm.at_step(step))
-        constants = {name: value.to(theta) for name, value in self.algorithm.constants_at(step).items()}
-        with torch.random.fork_rng(enabled=self.network.is_random):
-            if self.network.is_random:
-                # The chunk is the unit of computation, so its first task's key decides for all of it.
-                torch.manual_seed(seed_for_layers(keys[0]))
+        gradient_of, constants = self._at_step(theta, keys[0])
+        with self._seeded(keys[0]):
             if self.strategy == "vmap":
                 gradients, seen, metrics = gradient_of(theta, statistics, constants, batch.support, batch.query)
-                # Filling tasks are left out rather than multiplied by 0: 0 * NaN is NaN.
-                kept = slice(0, len(tasks))
+                # Tasks that do not count are left out rather than multiplied by 0: 0 * NaN is NaN.
+                kept = slice(0, len(tasks)) if tasks == list(range(len(tasks))) else tasks
                 total = [part[kept].sum(0) for part in (gradients, seen, metrics)]
+                losses = metrics[kept, 0]
             else:
-                total, losses = [], []
+                total, each = [], []
                 for task in tasks:
                     parts = gradient_of(theta, statistics, constants, *_task(batch, task))
                     total = (
@@ -94,12 +93,67 @@ class MetaGradient:
                         if total
                         else [part.clone() for part in parts]
                     )
-                    losses.append(parts[2])
-                metrics = torch.stack(losses)
+                    each.append(parts[2])
+                losses = torch.stack(each)[:, 0]
         sums = Sums(*(part.numpy(force=True) for part in total))
-        if not np.isfinite(sums.gradient).all() or not torch.isfinite(metrics[: len(tasks), 0]).all():
-            self._raise_non_finite(theta, statistics, constants, batch, [keys[task] for task in tasks])
+        if not np.isfinite(sums.gradient).all() or not torch.isfinite(losses).all():
+            self._raise_non_finite(theta, statistics, batch, weights, keys)
         return sums
+
+    def bad_tasks(
+        self, theta: Tensor, statistics: Tensor, batch: EpisodeBatch, weights: np.ndarray, keys: list[TaskKey]
+    ) -> dict[int, str]:
+        """The tasks of a chunk that raise, or are NaN or infinite, and what is wrong with each."""
+        bad = {}
+        for task, outcome in self.one_by_one(theta, statistics, batch, keys):
+            if weights[task] == 0:
+                continue
+            if isinstance(outcome, Exception):
+                bad[task] = f"adapting raised {type(outcome).__name__}: {first_line(outcome)}"
+                continue
+            gradient, _, metrics = outcome
+            loss = float(metrics[0])
+            if not np.isfinite(loss):
+                bad[task] = f"query loss is {loss:g}"
+            elif not torch.isfinite(gradient).all():
+                bad[task] = f"query loss is {loss:g}, its meta-gradient is not finite"
+        return bad
+
+    def one_by_one(
+        self, theta: Tensor, statistics: Tensor, batch: EpisodeBatch, keys: list[TaskKey]
+    ) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor] | Exception]]:
+        """Each task's number with its meta-gradient, its statistics and its metrics, or with what it raised.
+
+        With the compiled function of the `loop` strategy where that is this one's, so that the bits are the same.
+        """
+        gradient_of, constants = self._at_step(theta, keys[0])
+        if self.strategy == "vmap":
+            gradient_of = partial(self._task_gradient, self.algorithm.at_step(keys[0].step))
+        with self._seeded(keys[0]):
+            for task in range(len(keys)):
+                try:
+                    outcome = gradient_of(theta, statistics, constants, *_task(batch, task))
+                except (MemoryError, torch.OutOfMemoryError):
+                    raise
+                except Exception as error:
+                    outcome = error
+                yield task, outcome
+
+    def _at_step(self, theta: Tensor, key: TaskKey) -> tuple[Callable, Params]:
+        """The function that computes a chunk (or a task, with `loop`) at a step, and its constants there."""
+        constants = {name: value.to(theta) for name, value in self.algorithm.constants_at(key.step).items()}
+        return self._function(self.algorithm.at_step(key.step)), constants
+
+    @contextmanager
+    def _seeded(self, first: TaskKey) -> Iterator[None]:
+        """Layers that draw random numbers (dropout) draw those of a chunk.
+
+        The chunk is the unit of computation, so its first task's key decides for all of it.
+        """
+        with torch.random.fork_rng(enabled=self.network.is_random):
+            if self.network.is_random:
+                torch.manual_seed(seed_for_layers(first))
+            yield
 
     def _function(self, algorithm: Algorithm) -> Callable:
         """`_task_gradient` of an algorithm over one task or, with `vmap`, over a chunk; compiled at its first use."""
@@ -130,22 +184,17 @@ class MetaGradient:
         return self.theta.flatten(gradient), seen, metrics
 
     def _raise_non_finite(
-        self, theta: Tensor, statistics: Tensor, constants: Params, batch: EpisodeBatch, keys: list[TaskKey]
+        self, theta: Tensor, statistics: Tensor, batch: EpisodeBatch, weights: np.ndarray, keys: list[TaskKey]
     ) -> None:
         """Finds the first bad task of a chunk whose sums are not finite, and names it."""
-        algorithm = self.algorithm.at_step(keys[0].step)
-        for task, key in enumerate(keys):
-            gradient, _, metrics = self._task_gradient(algorithm, theta, statistics, constants, *_task(batch, task))
-            loss = float(metrics[0])
-            if not np.isfinite(loss) or not torch.isfinite(gradient).all():
-                what = f"query loss is {loss:g}" + (
-                    "" if not np.isfinite(loss) else ", its meta-gradient is not finite"
-                )
-                raise NonFiniteError(
-                    f"task {key}: {what}. Lower algorithm.inner_lr or outer.lr, or set outer.clip_norm."
-                )
+        for task, reason in self.bad_tasks(theta, statistics, batch, weights, keys).items():
+            raise NonFiniteError(
+                f"task {keys[task]}: {reason}. Lower algorithm.inner_lr or outer.lr, or set outer.clip_norm; such tasks"
+                " are left out with training.on_bad_episode: skip."
+            )
+        kept = [key for key, weight in zip(keys, weights, strict=True) if weight > 0]
         raise NonFiniteError(
-            f"tasks {keys[0]} to {keys[-1]}: the sum of their meta-gradients overflows float32, though each is finite."
+            f"tasks {kept[0]} to {kept[-1]}: the sum of their meta-gradients overflows float32, though each is finite."
             " Lower algorithm.inner_lr or outer.lr."
         )
 

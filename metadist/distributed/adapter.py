@@ -6,21 +6,29 @@ A plain class: the in-process executor calls it, and Ray runs it as an actor.
 import hashlib
 import platform
 import time
-import traceback
 from typing import Any
 
 import numpy as np
 import torch
 
+from metadist.core.bad_episode import BadEpisode
 from metadist.core.batch_norm import BatchNormPolicy
 from metadist.core.episode import EpisodeBatch, Examples
 from metadist.core.keys import TaskKey
-from metadist.core.meta_gradient import EpisodeScores, MetaGradient, Sums, score_episodes
+from metadist.core.meta_gradient import METRICS, EpisodeScores, MetaGradient, Sums, score_episodes
 from metadist.core.plan import Plan, Range
 from metadist.core.reduction import reduce_tree
 from metadist.core.task_source import spec_of
+from metadist.distributed.receipt import Receipt
+from metadist.distributed.sampling import (
+    is_out_of_memory,
+    named,
+    sample_or_name,
+    sample_what_can_be,
+    with_rows_replaced,
+)
 from metadist.distributed.seconds import Seconds
-from metadist.errors import AdapterError, ClusterError, MetadistError, NonFiniteError
+from metadist.errors import ClusterError, MetadistError, NonFiniteError
 from metadist.experiment import Experiment
 
 
@@ -30,7 +38,8 @@ class Adapter:
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
         self.device = torch.device(experiment.device)
-        self._seconds = Seconds()
+        self._source_name = type(experiment.source).__name__
+        self._receipt = Receipt()
         torch.set_num_threads(experiment.threads)
         self.meta_gradient = MetaGradient(
             experiment.algorithm,
@@ -54,7 +63,7 @@ class Adapter:
         plan = Plan(experiment.run_seed, "train", 0, experiment.chunk_size, experiment.chunk_size)
         published = np.concatenate([experiment.initial_theta, experiment.initial_statistics])
         canonical = self.sum_range(plan, Range(0, 1), published)
-        self.take_seconds()  # They are those of compiling.
+        self.take_receipt()  # It is that of compiling.
         on_gpu = self.device.type == "cuda"
         return {
             "torch": torch.__version__,
@@ -73,30 +82,79 @@ class Adapter:
         """Sums over an aligned range of chunks, in tree order; `published` is theta and the running statistics."""
         theta, statistics = self._split(published)
 
+        # What a call that raised has left behind is not this one's.
+        self._receipt = Receipt(self._receipt.seconds)
+
         def node(chunks: Range) -> Sums | None:
             if chunks.stop - chunks.start > 1:
                 return None
-            chunk, keys = chunks.start, plan.keys(chunks.start)
-            where = f"step {plan.step}, chunk {chunk}"
-            began = time.perf_counter()
-            batch = self._sample(where, keys)
-            sampled = time.perf_counter()
-            try:
-                return self.meta_gradient.sum_chunk(theta, statistics, batch, plan.weights(chunk), keys)
-            except NonFiniteError as error:
-                raise NonFiniteError(f"{where}, {error}") from None
-            except MetadistError:
-                raise
-            except Exception as error:
-                raise _named(error, f"{where} (tasks {keys[0]} to {keys[-1]}): adapting") from error
-            finally:
-                self._seconds += Seconds(sampled - began, time.perf_counter() - sampled)
+            return self._sum_chunk(plan, chunks.start, theta, statistics)
 
         return reduce_tree(span, node, Sums.__add__)
 
-    def take_seconds(self) -> Seconds:
-        """What sampling and adapting for sums took since the last call."""
-        taken, self._seconds = self._seconds, Seconds()
+    def _sum_chunk(self, plan: Plan, chunk: int, theta: torch.Tensor, statistics: torch.Tensor) -> Sums:
+        """Sums over one chunk, without its bad tasks where training.on_bad_episode says so."""
+        keys, weights = plan.keys(chunk), plan.weights(chunk)
+        where = f"step {plan.step}, chunk {chunk}"
+        began = time.perf_counter()
+        try:
+            batch, bad = self._sample_for_training(where, keys)
+        finally:
+            sampled = time.perf_counter()
+            self._receipt += Receipt(Seconds(sampling=sampled - began))
+        try:
+            sums = None
+            if batch is not None and not bad:
+                try:
+                    sums = self.meta_gradient.sum_chunk(theta, statistics, batch, weights, keys)
+                except Exception as error:
+                    if not self.experiment.skips_bad_episodes or is_out_of_memory(error):
+                        raise
+                    bad = self.meta_gradient.bad_tasks(theta, statistics, batch, weights, keys)
+                    if not bad:
+                        raise
+            return sums or self._sum_good(plan, chunk, theta, statistics, batch, bad)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{where}, task source {self._source_name}, {error}") from None
+        except MetadistError:
+            raise
+        except Exception as error:
+            raise named(error, f"{where} (tasks {keys[0]} to {keys[-1]}): adapting") from error
+        finally:
+            self._receipt += Receipt(Seconds(adapting=time.perf_counter() - sampled))
+
+    def _sum_good(
+        self,
+        plan: Plan,
+        chunk: int,
+        theta: torch.Tensor,
+        statistics: torch.Tensor,
+        batch: EpisodeBatch | None,
+        bad: dict[int, str],
+    ) -> Sums:
+        """Sums over a chunk some of whose tasks are known to be bad; others may be found on the way."""
+        keys, weights = plan.keys(chunk), plan.weights(chunk)
+        if batch is not None:
+            rest = np.array([weight * (task not in bad) for task, weight in enumerate(weights)], np.float32)
+            bad = bad | self.meta_gradient.bad_tasks(theta, statistics, batch, rest, keys)
+        good = [task for task, weight in enumerate(weights) if weight > 0 and task not in bad]
+        left_out = [task for task, weight in enumerate(weights) if weight > 0 and task in bad]
+        self._receipt += Receipt(
+            bad=tuple(BadEpisode(keys[task], chunk, self._source_name, bad[task]) for task in left_out)
+        )
+        sums = Sums(
+            np.zeros(len(theta), np.float32), np.zeros(len(statistics), np.float32), np.zeros(len(METRICS), np.float32)
+        )
+        if batch is not None and good:
+            for task in left_out:
+                weights[task] = 0
+            batch = with_rows_replaced(batch, left_out, good[0])
+            sums = self.meta_gradient.sum_chunk(theta, statistics, batch, weights, keys)
+        return sums._replace(left_out=np.array([len(left_out)], np.float32))
+
+    def take_receipt(self) -> Receipt:
+        """What sampling and adapting for sums took since the last call, and the last range's bad tasks."""
+        taken, self._receipt = self._receipt, Receipt()
         return taken
 
     def score_range(
@@ -123,17 +181,17 @@ class Adapter:
             parts.append(EpisodeScores(*(part[:, :kept] for part in scores)))
         return EpisodeScores(*(np.concatenate(part, axis=1) for part in zip(*parts, strict=True)))
 
+    def _sample_for_training(self, where: str, keys: list[TaskKey]) -> tuple[EpisodeBatch | None, dict[int, str]]:
+        """A chunk's episodes, and the tasks that have none; None where no task has one."""
+        if not self.experiment.skips_bad_episodes:
+            return self._sample(where, keys), {}
+        batch, bad = sample_what_can_be(self.experiment.source, keys)
+        return None if batch is None else self._moved(batch), bad
+
     def _sample(self, where: str, keys: list[TaskKey]) -> EpisodeBatch:
-        source = self.experiment.source
-        try:
-            batch = source.sample(keys)
-        except MetadistError:
-            raise
-        except Exception as error:
-            raise _named(
-                error, f"{where} (tasks {keys[0]} to {keys[-1]}): task source {type(source).__name__}"
-            ) from error
-        spec_of(source, keys[0].split).check(batch, keys, source)
+        return self._moved(sample_or_name(self.experiment.source, keys, where))
+
+    def _moved(self, batch: EpisodeBatch) -> EpisodeBatch:
         return EpisodeBatch(*(Examples(*(tensor.to(self.device) for tensor in part)) for part in batch))
 
     def _split(self, published: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,10 +199,3 @@ class Adapter:
         vector = torch.tensor(published, device=self.device)
         size = self.experiment.theta.size
         return vector[:size], vector[size:]
-
-
-def _named(error: Exception, where: str) -> AdapterError:
-    """A foreign exception as one message that says where it was raised."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-    return AdapterError(f"{where} raised {type(error).__name__}: {error}{place}. Correct it and resume the run.")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from metadist.callbacks import Callback
+from metadist.core.bad_episode import BadEpisode
 from metadist.core.batch_norm import BatchNormPolicy
 from metadist.core.meta_gradient import EpisodeScores
 from metadist.core.plan import Plan, Range
@@ -30,6 +31,8 @@ class Executor(Protocol):
     counters: Counters
     seconds: Seconds
     """Of the last step."""
+    bad_episodes: list[BadEpisode]
+    """Those that the last step leaves out of its mean, in the order of their tasks."""
     callbacks: Sequence[Callback]
     """To be told what happens, beside the user's own: the cluster's metrics, where there is a cluster."""
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from metadist.callbacks import Callback
+from metadist.core.bad_episode import BadEpisode
 from metadist.core.batch_norm import BatchNormPolicy
 from metadist.core.meta_gradient import EpisodeScores, Sums
 from metadist.core.outer import OuterSettings
@@ -15,6 +16,7 @@ from metadist.distributed.adapter import Adapter
 from metadist.distributed.executor import Counters
 from metadist.distributed.fingerprint import refuse_other
 from metadist.distributed.learner import Learner, LearnerState
+from metadist.distributed.receipt import Receipt
 from metadist.distributed.seconds import Seconds
 from metadist.experiment import Experiment
 
@@ -25,6 +27,7 @@ class InProcessExecutor:
     def __init__(self, experiment: Experiment, outer: OuterSettings, num_steps: int) -> None:
         self.counters = Counters()
         self.seconds = Seconds()
+        self.bad_episodes: list[BadEpisode] = []
         self.callbacks: Sequence[Callback] = ()
         self._arguments = (experiment, outer, num_steps)
         self._threads_before = torch.get_num_threads()
@@ -47,12 +50,17 @@ class InProcessExecutor:
         return self._learner.publish()
 
     def run(self, plan: Plan, theta: np.ndarray) -> dict[Range, Sums]:
-        return {span: self._adapter.sum_range(plan, span, theta) for span in plan.ranges(1)}
+        sums, receipt = {}, Receipt()
+        for span in plan.ranges(1):
+            sums[span] = self._adapter.sum_range(plan, span, theta)
+            receipt += self._adapter.take_receipt()
+        self.seconds, self.bad_episodes = receipt.seconds, receipt.bad_in_order()
+        return sums
 
     def step(self, plan: Plan, theta: np.ndarray, sums: dict[Range, Sums]) -> dict[str, float]:
         del theta
         metrics = self._learner.step(plan, sums)
-        self.seconds = self._adapter.take_seconds() + self._learner.seconds
+        self.seconds += self._learner.seconds
         return metrics
 
     def evaluate(

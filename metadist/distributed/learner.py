@@ -14,6 +14,7 @@ from metadist.core.outer import OuterLoop, OuterSettings
 from metadist.core.plan import Plan, Range
 from metadist.core.reduction import reduce_tree
 from metadist.distributed.seconds import Seconds
+from metadist.errors import AdapterError
 from metadist.experiment import Experiment
 
 STATISTICS_MOMENTUM = 0.1
@@ -48,11 +49,20 @@ class Learner:
         return np.concatenate([self._loop.theta.detach().numpy(), self._statistics])
 
     def step(self, plan: Plan, sums: dict[Range, Sums]) -> dict[str, float]:
-        """One outer step on the sums of a plan's ranges; gives the step's metrics. Raises NonFiniteError."""
+        """One outer step on the sums of a plan's ranges; gives the step's metrics.
+
+        The mean is over the tasks that are in the sums. Raises NonFiniteError, and AdapterError where none is.
+        """
         assert plan.step == self._step, f"the learner is at step {self._step}, not {plan.step}"
         began = time.perf_counter()
         total = reduce_tree(Range(0, plan.num_chunks), sums.get, Sums.__add__)
-        mean = Sums(*(part / np.float32(plan.num_tasks) for part in total))
+        tasks = plan.num_tasks - int(total.left_out[0])
+        if not tasks:
+            raise AdapterError(
+                f"step {plan.step}: all of its {plan.num_tasks} tasks are bad, so there is nothing to step along. See"
+                f" `metadist replay RUN --step {plan.step} --chunk 0`, correct their source and resume the run."
+            )
+        mean = Sums(*(part / np.float32(tasks) for part in total))
         reduced = time.perf_counter()
         report = self._loop.step(self._step, torch.from_numpy(mean.gradient))
         if self._statistics.size:

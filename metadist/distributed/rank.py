@@ -19,7 +19,7 @@ from metadist.core.plan import Plan, Range
 from metadist.distributed.adapter import Adapter
 from metadist.distributed.all_reduce import PeerFailedError, share_exactly, share_fast
 from metadist.distributed.learner import Learner, LearnerState
-from metadist.distributed.seconds import Seconds
+from metadist.distributed.receipt import Receipt
 from metadist.distributed.zero import ShardedOuterLoop
 from metadist.errors import MetadistError
 from metadist.experiment import Experiment
@@ -88,20 +88,23 @@ class Rank:
             dist.barrier()
         return found or self._adapter.fingerprint()
 
-    def step(self, plan: Plan, assigned: list[list[Range]]) -> tuple[dict[str, float], Seconds]:
-        """One outer step on the sums of the ranges that are assigned to each rank; gives its metrics and its time."""
+    def step(self, plan: Plan, assigned: list[list[Range]]) -> tuple[dict[str, float], Receipt]:
+        """One outer step on the sums of the ranges that are assigned to each rank; gives its metrics and receipt."""
         experiment, published = self._adapter.experiment, self._learner.publish()
-        sizes = [experiment.theta.size, experiment.initial_statistics.size, len(METRICS)]
+        sizes = [experiment.theta.size, experiment.initial_statistics.size, len(METRICS), 1]
         share = share_exactly if self._arguments.exact else share_fast
+        own, receipt = {}, Receipt()
         try:
-            own = {span: self._adapter.sum_range(plan, span, published) for span in assigned[dist.get_rank()]}
+            for span in assigned[dist.get_rank()]:
+                own[span] = self._adapter.sum_range(plan, span, published)
+                receipt += self._adapter.take_receipt()
         except MetadistError as error:
             try:
                 share(assigned, None, sizes, experiment.device)
             except PeerFailedError:
                 raise error from None
         metrics = self._learner.step(plan, share(assigned, own, sizes, experiment.device))
-        return metrics, self._adapter.take_seconds() + self._learner.seconds
+        return metrics, receipt + Receipt(self._learner.seconds)
 
     def score(
         self, plan: Plan, assigned: list[list[Range]], inner_steps: int, policies: list[BatchNormPolicy]

@@ -12,6 +12,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskErro
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from metadist.callbacks import Callback
+from metadist.core.bad_episode import BadEpisode
 from metadist.core.batch_norm import BatchNormPolicy
 from metadist.core.meta_gradient import EpisodeScores, Sums
 from metadist.core.outer import OuterSettings
@@ -23,6 +24,7 @@ from metadist.distributed.learner import Learner, LearnerState
 from metadist.distributed.ledger import Ledger
 from metadist.distributed.placement import LEARNER_CPUS, adapter_options
 from metadist.distributed.ray_metrics import RayMetrics
+from metadist.distributed.receipt import Receipt
 from metadist.distributed.seconds import Seconds
 from metadist.errors import (
     AdapterError,
@@ -56,16 +58,16 @@ class AdapterActor:
         self.adapter = Adapter(ray.get(experiment[0]))
         return self.adapter.fingerprint()
 
-    def sum_range(self, plan: Plan, span: Range, published: np.ndarray) -> tuple[Seconds, Sums]:
+    def sum_range(self, plan: Plan, span: Range, published: np.ndarray) -> tuple[Receipt, Sums]:
         """A small receipt for the driver, and the sums, which go to the learner without passing the driver."""
         sums = self.adapter.sum_range(plan, span, published)
-        return self.adapter.take_seconds(), sums
+        return self.adapter.take_receipt(), sums
 
     def score_range(
         self, plan: Plan, span: Range, published: np.ndarray, inner_steps: int, policies: list[BatchNormPolicy]
-    ) -> tuple[Seconds, EpisodeScores]:
+    ) -> tuple[Receipt, EpisodeScores]:
         """Likewise for evaluation."""
-        return Seconds(), self.adapter.score_range(plan, span, published, inner_steps, policies)
+        return Receipt(), self.adapter.score_range(plan, span, published, inner_steps, policies)
 
 
 class LearnerActor:
@@ -132,7 +134,7 @@ class _Work:
     submit: Callable[[Any, Range], tuple[ray.ObjectRef, ray.ObjectRef]]
     calls: dict[ray.ObjectRef, _Call] = field(default_factory=dict)
     results: dict[Range, ray.ObjectRef] = field(default_factory=dict)
-    seconds: Seconds = field(default_factory=Seconds)
+    receipt: Receipt = field(default_factory=Receipt)
     """Of all adapters together."""
 
     def hand_out(self, slots: list[_Slot]) -> None:
@@ -165,6 +167,7 @@ class RayExecutor:
     ) -> None:
         self.counters = Counters()
         self.seconds = Seconds()
+        self.bad_episodes: list[BadEpisode] = []
         self.callbacks: Sequence[Callback] = (RayMetrics(),)
         self._scaling = scaling
         self._disconnect = disconnect
@@ -206,7 +209,8 @@ class RayExecutor:
             ahead = self._sums(plan, theta, plan.ranges(self.num_adapters))
         results = self._complete(ahead)
         adapters = max(1, self.num_adapters)
-        self.seconds = Seconds(*(total / adapters for total in ahead.seconds))
+        self.seconds = Seconds(*(total / adapters for total in ahead.receipt.seconds))
+        self.bad_episodes = ahead.receipt.bad_in_order()
         return results
 
     def step(self, plan: Plan, theta: ray.ObjectRef, sums: dict[Range, ray.ObjectRef]) -> dict[str, float]:
@@ -305,7 +309,7 @@ class RayExecutor:
                     continue
                 call = calls.pop(reference)
                 try:
-                    seconds = ray.get(reference)
+                    receipt = ray.get(reference)
                 except _LOST:
                     ledger.lost(call.actor)
                     self._replace(call.slot, call.actor)
@@ -317,7 +321,7 @@ class RayExecutor:
                 else:
                     if ledger.done(call.span):
                         work.results[call.span] = call.result
-                        work.seconds += seconds
+                        work.receipt += receipt
         self.counters.chunks_recomputed += ledger.chunks_lost
         return work.results
 

@@ -15,6 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from metadist.callbacks import Callback
+from metadist.core.bad_episode import BadEpisode
 from metadist.core.batch_norm import BatchNormPolicy
 from metadist.core.meta_gradient import EpisodeScores
 from metadist.core.outer import OuterSettings
@@ -26,6 +27,7 @@ from metadist.distributed.fingerprint import refuse_other
 from metadist.distributed.learner import LearnerState
 from metadist.distributed.rank import RankArguments
 from metadist.distributed.ray_metrics import RayMetrics
+from metadist.distributed.receipt import Receipt
 from metadist.distributed.seconds import Seconds
 from metadist.errors import AdapterError, ClusterError, InterruptedRun, LearnerLostError, first_line
 from metadist.experiment import Experiment
@@ -54,6 +56,7 @@ class TrainExecutor:
     ) -> None:
         self.counters = Counters()
         self.seconds = Seconds()
+        self.bad_episodes: list[BadEpisode] = []
         self.callbacks: Sequence[Callback] = (RayMetrics(),)
         self._scaling = scaling
         self._max_failures = max_failures
@@ -97,8 +100,10 @@ class TrainExecutor:
 
     def step(self, plan: Plan, theta: None, sums: dict[Range, int]) -> dict[str, float]:
         del theta
-        replies: list[tuple[dict[str, float], Seconds]] = self._ask("step", plan, self._by_rank(sums))
-        self.seconds = Seconds(*(sum(part) / self._size for part in zip(*(s for _, s in replies), strict=True)))
+        replies: list[tuple[dict[str, float], Receipt]] = self._ask("step", plan, self._by_rank(sums))
+        receipt = sum((part for _, part in replies), Receipt())
+        self.seconds = Seconds(*(total / self._size for total in receipt.seconds))
+        self.bad_episodes = receipt.bad_in_order()
         self._done = plan
         # Every rank has made the same step.
         return replies[0][0]

@@ -17,7 +17,7 @@ from metadist.distributed.zero import ShardedOuterLoop
 SIZE, RANKS, STEPS = 1003, 2, 6
 ASSIGNED = [[Range(0, 2), Range(4, 5)], [Range(2, 4)]]
 SUMS = {
-    span: Sums(np.float32([value, -value]), np.float32([value / 2]), np.float32([3.0]))
+    span: Sums(np.float32([value, -value]), np.float32([value / 2]), np.float32([3.0]), np.float32([1.0]))
     for span, value in ((Range(0, 2), 1.0), (Range(2, 4), 10.0), (Range(4, 5), 100.0))
 }
 OUTERS = [
@@ -45,10 +45,10 @@ def exchanges(rank: int) -> dict[str, object]:
     result: dict[str, object] = {}
     for name, share in (("exact", share_exactly), ("fast", share_fast)):
         result[name] = {
-            tuple(k): [part.tolist() for part in v] for k, v in share(ASSIGNED, own, [2, 1, 1], "cpu").items()
+            tuple(k): [part.tolist() for part in v] for k, v in share(ASSIGNED, own, [2, 1, 1, 1], "cpu").items()
         }
         try:
-            share(ASSIGNED, own if rank == 0 else None, [2, 1, 1], "cpu")
+            share(ASSIGNED, own if rank == 0 else None, [2, 1, 1, 1], "cpu")
         except PeerFailedError:
             result[f"{name} failed"] = True
     return result
@@ -113,11 +113,11 @@ def test_every_rank_gets_every_ranges_sums_or_one_sum_of_all(found: list[list]) 
     for rank in range(RANKS):
         exchanged = found[rank][-2]
         assert exchanged["exact"] == {
-            (0, 2): [[1.0, -1.0], [0.5], [3.0]],
-            (4, 5): [[100.0, -100.0], [50.0], [3.0]],
-            (2, 4): [[10.0, -10.0], [5.0], [3.0]],
+            (0, 2): [[1.0, -1.0], [0.5], [3.0], [1.0]],
+            (4, 5): [[100.0, -100.0], [50.0], [3.0], [1.0]],
+            (2, 4): [[10.0, -10.0], [5.0], [3.0], [1.0]],
         }
-        assert exchanged["fast"] == {(0, 5): [[111.0, -111.0], [55.5], [9.0]]}
+        assert exchanged["fast"] == {(0, 5): [[111.0, -111.0], [55.5], [9.0], [3.0]]}
 
 
 def test_a_rank_that_failed_is_known_to_all_of_them(found: list[list]) -> None:

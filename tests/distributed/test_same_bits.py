@@ -21,9 +21,11 @@ from metadist.distributed.start import make_executor
 from metadist.errors import AdapterError
 from metadist.experiment import make_experiment
 from metadist.sections import ScalingSettings
+from metadist.tasks import Sinusoid
 from metadist.tasks.class_pool import PoolRow, write_pool
 from metadist.training import Result
 from tests.distributed.faulty import KillsItsAdapter, Raises, processes_named
+from tests.poisoned import Poisoned
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 OMNIGLOT = Path(__file__).parents[3] / "shared/data/omniglot"
@@ -211,6 +213,18 @@ def test_an_error_of_the_users_source_stops_the_run_after_a_second_try_and_names
         assert part in message
     # What was saved before is there: the run goes on from it when the source is mended.
     assert (tmp_path / "raises/checkpoints/step_00000005/manifest.json").exists()
+
+
+def test_bad_episodes_are_left_out_alike_for_any_number_of_adapters(local_ray: None, tmp_path: Path) -> None:
+    bad = {(2, 3): "huge", (2, 9): "raises", (2, 24): "nan", (7, 0): "raises"}
+    config = dataclasses.replace(sinusoid(tmp_path), task=Poisoned(bad, Sinusoid(shots=10, queries=10)))
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, on_bad_episode="skip"))
+    found = {}
+    for workers in (0, 3):
+        result = fit(config, workers, f"with_{workers}")
+        found[workers] = (*bits(result), (Path(result.run_dir) / "bad_episodes.jsonl").read_text())
+    assert len(found[0][-1].splitlines()) == len(bad)
+    assert found[3] == found[0]
 
 
 def test_adapters_that_the_cluster_has_no_room_for_yet_do_not_keep_the_others_waiting(

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from metadist import MetaTrainer, ScalingSettings
+from metadist.bad_episodes import read_bad_episodes
 from metadist.config import Config
 from metadist.core.meta_gradient import EpisodeScores
 from metadist.core.plan import plan_evaluation, plan_step
@@ -16,9 +17,11 @@ from metadist.distributed.fingerprint import refuse_other
 from metadist.distributed.start import make_executor
 from metadist.errors import AdapterError, FingerprintError
 from metadist.experiment import make_experiment
+from metadist.tasks import Sinusoid
 from metadist.training import Result
 from tests.distributed.faulty import KillsItsAdapter, Raises
 from tests.distributed.test_same_bits import bits, images, sinusoid
+from tests.poisoned import Poisoned
 
 pytestmark = pytest.mark.ray
 
@@ -118,10 +121,17 @@ def test_a_killed_rank_restarts_the_group_from_the_last_checkpoint_and_costs_no_
     local_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = sinusoid(tmp_path)
-    undisturbed = fit(config, ALONE, "undisturbed")
-    source = KillsItsAdapter(step=7, marker=tmp_path / "killed")
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, on_bad_episode="skip"))
+    bad = Poisoned({(6, 3): "huge", (6, 9): "raises", (9, 24): "nan"}, Sinusoid())
+    undisturbed = fit(dataclasses.replace(config, task=bad), ALONE, "undisturbed")
+    source = KillsItsAdapter(step=7, marker=tmp_path / "killed", source=bad)
     disturbed = fit(dataclasses.replace(config, task=source), RANKS, "disturbed")
     assert source.marker.exists()
+    # Step 6 was made twice, and its bad episodes are told once.
+    recorded = [read_bad_episodes(tmp_path / name) for name in ("undisturbed", "disturbed")]
+    assert [[(line["step"], line["task"]) for line in lines] for lines in recorded] == [
+        [(step, f"train/seed=0/step={step}/task={task}") for step, task in bad.bad]
+    ] * 2
     assert disturbed.adapters_lost == 1
     # Steps 5 and 6 had been made since the checkpoint, of seven chunks each.
     assert disturbed.chunks_recomputed == 14
