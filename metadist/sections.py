@@ -85,6 +85,8 @@ class ScalingSettings:
     """A Ray cluster's address; left out, $RAY_ADDRESS or a new local one."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 120.0
     """How long to wait for the first (or the least number of) adapters."""
+    hung_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """How long an adapter may stay silent after another has answered for it, until it is ended and replaced."""
 
     @property
     def worker_limits(self) -> tuple[int, int]:

@@ -52,6 +52,8 @@ class Result:
     tasks_per_second: float
     adapters_lost: int
     chunks_recomputed: int
+    chunks_given_twice: int
+    """To another adapter too, since the first was late with them."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as `metadist train --json` prints them."""
@@ -129,6 +131,7 @@ class MetaTrainer:
                 tasks_per_second=journal.tasks_per_second,
                 adapters_lost=executor.counters.adapters_lost,
                 chunks_recomputed=executor.counters.chunks_recomputed,
+                chunks_given_twice=executor.counters.chunks_given_twice,
             )
 
 

@@ -17,7 +17,7 @@ class Ledger:
         self.name = name
         """What the plan is, for errors: "step 812"."""
         self._open = deque(ranges)
-        self._submitted: dict[Range, Hashable] = {}
+        self._submitted: dict[Range, list[Hashable]] = {}
         self._done: set[Range] = set()
         self._errors: dict[Range, str] = {}
         self._crashes: dict[Range, int] = {}
@@ -33,8 +33,12 @@ class Ledger:
         if not self._open:
             return None
         span = self._open.popleft()
-        self._submitted[span] = adapter
+        self._submitted[span] = [adapter]
         return span
+
+    def submit_again(self, span: Range, adapter: Hashable) -> None:
+        """A range that is late with one adapter is now with `adapter` too."""
+        self._submitted.setdefault(span, []).append(adapter)
 
     def done(self, span: Range) -> bool:
         """Notes a result; False for a duplicate, which is to be dropped."""
@@ -47,12 +51,15 @@ class Ledger:
         return True
 
     def lost(self, adapter: Hashable) -> list[Range]:
-        """Opens again, first in line, all that a dead adapter had not finished.
+        """Opens again, first in line, all that a dead adapter had not finished and no other one has.
 
         Raises AdapterError where a range has brought down `MAX_CRASHES` adapters.
         """
-        lost = [span for span, holder in self._submitted.items() if holder == adapter]
-        for span in lost:
+        lost = []
+        for span, holders in list(self._submitted.items()):
+            if adapter not in holders:
+                continue
+            holders.remove(adapter)
             self._crashes[span] = self._crashes.get(span, 0) + 1
             if self._crashes[span] == MAX_CRASHES:
                 raise AdapterError(
@@ -60,7 +67,9 @@ class Ledger:
                     f" {span.stop - 1}. Often that is too little memory: lower training.chunk_size, or see the worker"
                     " logs of the Ray session."
                 )
-            self._reopen(span)
+            if not holders:
+                self._reopen(span)
+                lost.append(span)
         return lost
 
     def failed(self, span: Range, error: Exception) -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,18 +13,19 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from metadist.callbacks import Callback
 from metadist.core.bad_episode import BadEpisode
 from metadist.core.batch_norm import BatchNormPolicy
-from metadist.core.meta_gradient import EpisodeScores, Sums
+from metadist.core.meta_gradient import EpisodeScores
 from metadist.core.outer import OuterSettings
 from metadist.core.plan import Plan, Range
-from metadist.distributed.adapter import Adapter
+from metadist.distributed.actors import AdapterActor, LearnerActor, SumsLost
 from metadist.distributed.executor import Counters
 from metadist.distributed.fingerprint import refuse_other
-from metadist.distributed.learner import Learner, LearnerState
+from metadist.distributed.learner import LearnerState
 from metadist.distributed.ledger import Ledger
+from metadist.distributed.pace import Pace
 from metadist.distributed.placement import LEARNER_CPUS, adapter_options
 from metadist.distributed.ray_metrics import RayMetrics
-from metadist.distributed.receipt import Receipt
 from metadist.distributed.seconds import Seconds
+from metadist.distributed.work import Call, Slot, Work
 from metadist.errors import (
     AdapterError,
     ClusterError,
@@ -46,111 +46,12 @@ MAX_FAILED_STARTS = 3
 _LOST = (RayActorError, WorkerCrashedError)
 
 
-class _SumsLost(Exception):
-    """Results of adapters were gone before the learner had them; `args` is the list of their ranges."""
-
-
-class AdapterActor:
-    """An adapter as an actor. Errors of its making are raised by `prepare`, where they keep their type."""
-
-    def prepare(self, experiment: list[ray.ObjectRef]) -> dict[str, Any]:
-        """Takes the experiment from the object store, its arrays shared with the node; gives the fingerprint."""
-        self.adapter = Adapter(ray.get(experiment[0]))
-        return self.adapter.fingerprint()
-
-    def sum_range(self, plan: Plan, span: Range, published: np.ndarray) -> tuple[Receipt, Sums]:
-        """A small receipt for the driver, and the sums, which go to the learner without passing the driver."""
-        sums = self.adapter.sum_range(plan, span, published)
-        return self.adapter.take_receipt(), sums
-
-    def score_range(
-        self, plan: Plan, span: Range, published: np.ndarray, inner_steps: int, policies: list[BatchNormPolicy]
-    ) -> tuple[Receipt, EpisodeScores]:
-        """Likewise for evaluation."""
-        return Receipt(), self.adapter.score_range(plan, span, published, inner_steps, policies)
-
-
-class LearnerActor:
-    """The learner as an actor."""
-
-    def prepare(
-        self, experiment: list[ray.ObjectRef], outer: OuterSettings, num_steps: int, state: LearnerState | None
-    ) -> np.ndarray:
-        """Starts from `state`; gives the published vector."""
-        self.learner = Learner(ray.get(experiment[0]), outer, num_steps)
-        if state is not None:
-            self.learner.restore(state)
-        return self.learner.publish()
-
-    def step(
-        self, plan: Plan, spans: list[Range], sums: list[ray.ObjectRef]
-    ) -> tuple[tuple[dict[str, float], Seconds], np.ndarray]:
-        """One outer step's metrics and what it took, and the new published vector.
-
-        Raises _SumsLost, with nothing done, where the sums of a range are gone.
-        """
-        values: dict[Range, Sums] = {}
-        lost = []
-        for span, reference in zip(spans, sums, strict=True):
-            try:
-                values[span] = ray.get(reference)
-            except ObjectLostError:
-                lost.append(span)
-        if lost:
-            raise _SumsLost(lost)
-        metrics = self.learner.step(plan, values)
-        return (metrics, self.learner.seconds), self.learner.publish()
-
-    def state(self) -> LearnerState:
-        return self.learner.state()
-
-
-@dataclass(eq=False)
-class _Slot:
-    """A place for one adapter: starting until its fingerprint is there, then ready until its actor dies."""
-
-    actor: Any
-    starting: ray.ObjectRef | None
-    failed_starts: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """One range with one adapter; a slot may have another actor by the time that the call comes to its end."""
-
-    slot: _Slot
-    actor: Any
-    span: Range
-    result: ray.ObjectRef
-
-
-@dataclass(eq=False)
-class _Work:
-    """A plan under way: its ledger, the calls that are out, by their receipts, and where the results lie."""
-
-    plan: Plan
-    theta: ray.ObjectRef
-    ledger: Ledger
-    submit: Callable[[Any, Range], tuple[ray.ObjectRef, ray.ObjectRef]]
-    calls: dict[ray.ObjectRef, _Call] = field(default_factory=dict)
-    results: dict[Range, ray.ObjectRef] = field(default_factory=dict)
-    receipt: Receipt = field(default_factory=Receipt)
-    """Of all adapters together."""
-
-    def hand_out(self, slots: list[_Slot]) -> None:
-        """Gives every slot that is ready and without a range of this plan the next one that is open."""
-        busy = {call.slot for call in self.calls.values()}
-        for slot in slots:
-            if slot.starting is None and slot not in busy and (span := self.ledger.submit(slot.actor)):
-                receipt, result = self.submit(slot.actor, span)
-                self.calls[receipt] = _Call(slot, slot.actor, span, result)
-
-
 class RayExecutor:
     """Implements `Executor` with one actor an adapter and one for the learner.
 
     Between `min` and `max` adapters: those that the cluster has no room for yet stay asked for, and
-    join when room comes. A dead one is replaced, and its unfinished ranges go to the others.
+    join when room comes. A dead one is replaced, and its unfinished ranges go to the others. What a slow
+    or hung one is late with (see `Pace`) is given to another too, and the first answer counts.
 
     While the learner steps, the next step's ranges are already with the adapters, waiting for its
     theta there: nobody waits for this process in between.
@@ -176,9 +77,12 @@ class RayExecutor:
         self._learner_arguments = (self._experiment, outer, num_steps)
         self._num_steps = num_steps
         self._fingerprint: dict[str, Any] | None = None
-        self._slots: list[_Slot] = []
+        self._slots: list[Slot] = []
         self._learner: Any = None
-        self._ahead: _Work | None = None
+        self._ahead: Work | None = None
+        self._overdue: dict[ray.ObjectRef, Call] = {}
+        """Calls whose ranges others have answered: their adapters get nothing else until they come back."""
+        self._paces = {name: Pace(scaling.start_timeout_s) for name in ("sums", "scores")}
         self._stop: Callable[[], bool] = lambda: False
 
     def start(
@@ -206,7 +110,7 @@ class RayExecutor:
     def run(self, plan: Plan, theta: ray.ObjectRef) -> dict[Range, ray.ObjectRef]:
         ahead, self._ahead = self._ahead, None
         if ahead is None or (ahead.plan, ahead.theta) != (plan, theta):
-            ahead = self._sums(plan, theta, plan.ranges(self.num_adapters))
+            ahead = self._sums(plan, theta, plan.ranges(len(self._free())))
         results = self._complete(ahead)
         adapters = max(1, self.num_adapters)
         self.seconds = Seconds(*(total / adapters for total in ahead.receipt.seconds))
@@ -219,11 +123,11 @@ class RayExecutor:
             report, published = call
             if plan.step + 1 < self._num_steps:
                 following = dataclasses.replace(plan, step=plan.step + 1)
-                self._ahead = self._sums(following, published, following.ranges(self.num_adapters))
-                self._ahead.hand_out(self._slots)
+                self._ahead = self._sums(following, published, following.ranges(len(self._free())))
+                self._ahead.hand_out(self._free())
             try:
                 metrics, seconds = self._ask_learner(report)
-            except _SumsLost as error:
+            except SumsLost as error:
                 self._ahead = None
                 (lost,) = error.args
                 self.counters.chunks_recomputed += sum(span.stop - span.start for span in lost)
@@ -244,9 +148,9 @@ class RayExecutor:
 
         scores: dict[Range, EpisodeScores] = {}
         # Four ranges an adapter: short enough to share the work evenly, long enough to outweigh the calls.
-        missing = plan.ranges(4 * self.num_adapters)
+        missing = plan.ranges(4 * len(self._free()))
         while missing:
-            found = self._complete(_Work(plan, theta, Ledger("evaluation", missing), submit))
+            found = self._complete(Work(plan, theta, Ledger("evaluation", missing), submit, self._paces["scores"]))
             missing = []
             for span, reference in found.items():
                 try:
@@ -275,37 +179,43 @@ class RayExecutor:
 
     def close(self) -> None:
         actors = [slot.actor for slot in self._slots] + ([self._learner] if self._learner is not None else [])
-        self._slots, self._learner, self._ahead = [], None, None
+        self._slots, self._learner, self._ahead, self._overdue = [], None, None, {}
         for actor in actors:
             ray.kill(actor)
         disconnect, self._disconnect = self._disconnect, lambda: None
         disconnect()
 
-    def _sums(self, plan: Plan, theta: ray.ObjectRef, ranges: list[Range]) -> _Work:
+    def _sums(self, plan: Plan, theta: ray.ObjectRef, ranges: list[Range]) -> Work:
         def submit(actor: Any, span: Range) -> tuple[ray.ObjectRef, ray.ObjectRef]:
             call: tuple[ray.ObjectRef, ray.ObjectRef] = actor.sum_range.options(num_returns=2).remote(plan, span, theta)
             return call
 
-        return _Work(plan, theta, Ledger(f"step {plan.step}", ranges), submit)
+        return Work(plan, theta, Ledger(f"step {plan.step}", ranges), submit, self._paces["sums"])
 
-    def _complete(self, work: _Work) -> dict[Range, ray.ObjectRef]:
+    def _complete(self, work: Work) -> dict[Range, ray.ObjectRef]:
         """Hands out the ranges until all are done; gives where each result lies.
 
         Calls left over from a plan that was given up only come first in their actors' queues.
         """
         ledger, calls = work.ledger, work.calls
         idle_since = time.monotonic()
+        work.begin()
         while not ledger.complete:
-            work.hand_out(self._slots)
+            work.hand_out(self._free())
+            self._give_up_hung(work)
             idle_since = time.monotonic() if calls else idle_since
             self._give_up_if(not calls and time.monotonic() - idle_since > self._scaling.start_timeout_s, 1)
             if not calls and self._stop():
                 raise InterruptedRun("interrupted while no adapter was alive")
             starting = {slot.starting: slot for slot in self._slots if slot.starting is not None}
-            ready, _ = ray.wait([*calls, *starting], num_returns=1, timeout=POLL_S)
+            waiting = [*calls, *starting, *self._overdue]
+            ready, _ = ray.wait(waiting, num_returns=1, timeout=work.patience_s(POLL_S))
             for reference in ready:
                 if reference in starting:
                     self._admit(starting[reference])
+                    continue
+                if reference in self._overdue:
+                    self._come_back(reference)
                     continue
                 call = calls.pop(reference)
                 try:
@@ -319,11 +229,41 @@ class RayExecutor:
                 except RayTaskError as error:
                     ledger.failed(call.span, _cause(error))
                 else:
-                    if ledger.done(call.span):
-                        work.results[call.span] = call.result
-                        work.receipt += receipt
+                    work.done(call, receipt)
+        self._overdue |= calls
         self.counters.chunks_recomputed += ledger.chunks_lost
+        self.counters.chunks_given_twice += work.chunks_given_twice
         return work.results
+
+    def _free(self) -> list[Slot]:
+        """Adapters that are ready and owe nothing from an earlier plan."""
+        owing = {call.slot for call in self._overdue.values()}
+        return [slot for slot in self._slots if slot.starting is None and slot not in owing]
+
+    def _come_back(self, reference: ray.ObjectRef) -> None:
+        """A call that another adapter has answered comes to its end: its result is dropped, its adapter is free."""
+        call = self._overdue.pop(reference)
+        try:
+            ray.get(reference)
+        except _LOST:
+            self._replace(call.slot, call.actor)
+        except RayError:
+            pass  # The other adapter's answer stands, whatever became of this one.
+
+    def _give_up_hung(self, work: Work) -> None:
+        """Kills adapters that stay silent long after another has answered, or where nobody else is there to answer."""
+        now, timeout = time.monotonic(), self._scaling.hung_timeout_s
+        for call in [*work.calls.values(), *self._overdue.values()]:
+            if call.answered_elsewhere is not None:
+                silent = now - call.answered_elsewhere > timeout
+            else:
+                allowed = work.pace.deadline_s(call.span) + max(timeout, self._scaling.start_timeout_s)
+                silent = work.pace.is_known and now - call.since > allowed
+            if silent and not call.given_up:
+                call.given_up = True
+                self._notify(f"An adapter has been silent for {now - call.since:.0f} s: it is ended and replaced.")
+                # Its calls then come to their end as those of any other dead one.
+                ray.kill(call.actor)
 
     def _wait_for_adapters(self, number: int) -> None:
         """Waits until so many adapters are ready. Raises ClusterError when the cluster has no room in time."""
@@ -345,11 +285,11 @@ class RayExecutor:
                 " or raise the timeout (compiling a large model counts)."
             )
 
-    def _new_slot(self) -> _Slot:
+    def _new_slot(self) -> Slot:
         actor: Any = ray.remote(AdapterActor).options(**adapter_options(self._scaling)).remote()
-        return _Slot(actor, actor.prepare.remote(self._experiment))
+        return Slot(actor, actor.prepare.remote(self._experiment))
 
-    def _admit(self, slot: _Slot) -> None:
+    def _admit(self, slot: Slot) -> None:
         """A starting adapter has answered: takes it in, replaces it if it died, refuses it if its bits differ."""
         assert slot.starting is not None
         try:
@@ -378,7 +318,7 @@ class RayExecutor:
         self._fingerprint = fingerprint
         slot.starting, slot.failed_starts = None, 0
 
-    def _replace(self, slot: _Slot, dead: Any) -> None:
+    def _replace(self, slot: Slot, dead: Any) -> None:
         """Starts another actor in a slot, unless that has been done since `dead` was there."""
         if slot.actor is not dead:
             return

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,38 @@ class KillsItsAdapter:
                 return self.source.sample(keys)
             os.kill(os.getpid(), signal.SIGKILL)
         return self.source.sample(keys)
+
+
+@dataclass(frozen=True)
+class Sleeps:
+    """Sinusoids, 20 ms a chunk; from `step` on one process takes twenty times as long, and another hangs for good."""
+
+    step: int
+    directory: Path
+    """Where the first process to need it writes that it is the slow one, and the next one that it hangs."""
+
+    @property
+    def spec(self) -> EpisodeSpec:
+        return SINUSOIDS.spec
+
+    def sample(self, keys: Sequence[TaskKey]) -> EpisodeBatch:
+        if keys[0].split == "train" and keys[0].step > 0:
+            time.sleep(0.02)
+            if keys[0].step >= self.step:
+                if self._is("slow"):
+                    time.sleep(0.38)
+                elif self._is("hung"):
+                    time.sleep(3600)
+        return SINUSOIDS.sample(keys)
+
+    def _is(self, role: str) -> bool:
+        """Whether this process has a role; the first that asks gets it."""
+        try:
+            with (self.directory / role).open("x") as file:
+                file.write(str(os.getpid()))
+        except FileExistsError:
+            return (self.directory / role).read_text() == str(os.getpid())
+        return True
 
 
 @dataclass(frozen=True)

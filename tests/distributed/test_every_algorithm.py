@@ -15,9 +15,9 @@ from metadist.core.keys import TaskKey
 from metadist.core.meta_gradient import MetaGradient
 from metadist.core.outer import OuterSettings
 from metadist.core.plan import plan_step
+from metadist.distributed.actors import AdapterActor
 from metadist.distributed.in_process import InProcessExecutor
 from metadist.distributed.learner import Learner, LearnerState
-from metadist.distributed.ray_executor import AdapterActor
 from metadist.experiment import Experiment, make_experiment
 from metadist.models import Conv4
 from metadist.sections import ScalingSettings, TrainingSettings

@@ -43,7 +43,15 @@ class AnyScheduleOfTrouble(RuleBasedStateMachine):
             self.reopened.remove(span)
         else:
             assert span == self.fresh.pop(0)
-        self.held[span] = adapter
+        self.held[span] = {adapter}
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), adapter=st.integers(0, 3))
+    def a_late_range_is_given_to_another_adapter_too(self, data, adapter):
+        span = data.draw(st.sampled_from(sorted(self.held)))
+        assume(adapter not in self.held[span])
+        self.ledger.submit_again(span, adapter)
+        self.held[span].add(adapter)
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
@@ -63,15 +71,18 @@ class AnyScheduleOfTrouble(RuleBasedStateMachine):
 
     @rule(adapter=st.integers(0, 3))
     def an_adapter_dies(self, adapter):
-        lost = [span for span, holder in self.held.items() if holder == adapter]
+        touched = [span for span, holders in self.held.items() if adapter in holders]
         # Beyond that the range itself is taken to be the cause, which has a test of its own.
-        assume(all(self.crashes[span] < MAX_CRASHES - 1 for span in lost))
+        assume(all(self.crashes[span] < MAX_CRASHES - 1 for span in touched))
+        lost = [span for span in touched if self.held[span] == {adapter}]
         assert sorted(self.ledger.lost(adapter)) == sorted(lost), "not exactly its unfinished ranges are lost"
+        for span in touched:
+            self.held[span].remove(adapter)
+            self.crashes[span] += 1
         for span in lost:
             del self.held[span]
-            self.crashes[span] += 1
             self.open_again(span)
-        self.late += lost
+        self.late += touched
 
     @precondition(lambda self: set(self.held) - self.raised)
     @rule(data=st.data())
@@ -96,7 +107,7 @@ class AnyScheduleOfTrouble(RuleBasedStateMachine):
         for _ in self.ranges:
             span = self.ledger.submit("the last one")
             if span is not None:
-                self.held[span] = "the last one"
+                self.held[span] = {"the last one"}
                 self.note_result(span)
         assert self.ledger.complete
         assert set(self.finished.values()) == {1}
@@ -121,6 +132,15 @@ def test_only_what_a_dead_adapter_had_not_finished_is_handed_out_again():
     assert ledger.submit("c") == THIRD
     assert ledger.submit("c") is None
     assert ledger.chunks_lost == 2
+
+
+def test_a_range_that_two_adapters_have_is_lost_with_the_second_of_them():
+    ledger = started()
+    ledger.submit_again(SECOND, "b")
+    assert sorted(ledger.lost("a")) == [FIRST, THIRD]
+    assert ledger.lost("b") == [SECOND]
+    assert ledger.done(SECOND)
+    assert not ledger.done(SECOND)
 
 
 def test_a_range_that_brings_down_one_adapter_after_the_other_stops_the_run():

@@ -24,7 +24,7 @@ from metadist.sections import ScalingSettings
 from metadist.tasks import Sinusoid
 from metadist.tasks.class_pool import PoolRow, write_pool
 from metadist.training import Result
-from tests.distributed.faulty import KillsItsAdapter, Raises, processes_named
+from tests.distributed.faulty import KillsItsAdapter, Raises, Sleeps, processes_named
 from tests.poisoned import Poisoned
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -148,6 +148,30 @@ def test_an_adapter_killed_in_mid_step_costs_its_own_chunks_and_no_bit(local_ray
     assert faults.told == [(7, "adapter_lost")]  # Told after the step in whose middle it happened, the seventh.
     # Seven chunks over two adapters: ranges of 4 and 3, of which the dead one held one.
     assert disturbed.chunks_recomputed in (3, 4)
+    assert bits(disturbed)[:2] == bits(undisturbed)[:2]
+    assert bits(disturbed)[4] == bits(undisturbed)[4]
+
+
+def test_an_adapter_twenty_times_slower_and_one_that_hangs_cost_no_bit(
+    local_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = sinusoid(tmp_path, steps=40)
+    undisturbed = fit(config, 0, "undisturbed")
+    source, faults = Sleeps(step=4, directory=tmp_path), Faults()
+    disturbed = MetaTrainer(
+        dataclasses.replace(config, task=source),
+        scaling_config=ScalingSettings(num_workers=3, hung_timeout_s=2.5),
+        run_config=dataclasses.replace(config.run, name="disturbed"),
+        callbacks=[faults],
+    ).fit()
+    hung = int((tmp_path / "hung").read_text())
+    assert (tmp_path / "slow").read_text() != str(hung)
+    # The one that hangs was ended and replaced; its range, and whatever the slow one was late with, went to others.
+    assert [fault for _, fault in faults.told] == ["adapter_lost"]
+    assert disturbed.adapters_lost == 1
+    assert not Path(f"/proc/{hung}").exists()
+    assert disturbed.chunks_given_twice >= 2
+    assert "silent for" in capsys.readouterr().err
     assert bits(disturbed)[:2] == bits(undisturbed)[:2]
     assert bits(disturbed)[4] == bits(undisturbed)[4]
 

@@ -1,0 +1,78 @@
+"""Adapter and learner as Ray's actors: where their arguments lie, and what of a result goes to whom."""
+
+import time
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import ObjectLostError
+
+from metadist.core.batch_norm import BatchNormPolicy
+from metadist.core.meta_gradient import EpisodeScores, Sums
+from metadist.core.outer import OuterSettings
+from metadist.core.plan import Plan, Range
+from metadist.distributed.adapter import Adapter
+from metadist.distributed.learner import Learner, LearnerState
+from metadist.distributed.receipt import Receipt
+from metadist.distributed.seconds import Seconds
+
+
+class SumsLost(Exception):
+    """Results of adapters were gone before the learner had them; `args` is the list of their ranges."""
+
+
+class AdapterActor:
+    """An adapter as an actor. Errors of its making are raised by `prepare`, where they keep their type."""
+
+    def prepare(self, experiment: list[ray.ObjectRef]) -> dict[str, Any]:
+        """Takes the experiment from the object store, its arrays shared with the node; gives the fingerprint."""
+        self.adapter = Adapter(ray.get(experiment[0]))
+        return self.adapter.fingerprint()
+
+    def sum_range(self, plan: Plan, span: Range, published: np.ndarray) -> tuple[Receipt, Sums]:
+        """A small receipt for the driver, and the sums, which go to the learner without passing the driver."""
+        sums = self.adapter.sum_range(plan, span, published)
+        return self.adapter.take_receipt(), sums
+
+    def score_range(
+        self, plan: Plan, span: Range, published: np.ndarray, inner_steps: int, policies: list[BatchNormPolicy]
+    ) -> tuple[Receipt, EpisodeScores]:
+        """Likewise for evaluation."""
+        began = time.perf_counter()
+        scores = self.adapter.score_range(plan, span, published, inner_steps, policies)
+        return Receipt(Seconds(adapting=time.perf_counter() - began)), scores
+
+
+class LearnerActor:
+    """The learner as an actor."""
+
+    def prepare(
+        self, experiment: list[ray.ObjectRef], outer: OuterSettings, num_steps: int, state: LearnerState | None
+    ) -> np.ndarray:
+        """Starts from `state`; gives the published vector."""
+        self.learner = Learner(ray.get(experiment[0]), outer, num_steps)
+        if state is not None:
+            self.learner.restore(state)
+        return self.learner.publish()
+
+    def step(
+        self, plan: Plan, spans: list[Range], sums: list[ray.ObjectRef]
+    ) -> tuple[tuple[dict[str, float], Seconds], np.ndarray]:
+        """One outer step's metrics and what it took, and the new published vector.
+
+        Raises SumsLost, with nothing done, where the sums of a range are gone.
+        """
+        values: dict[Range, Sums] = {}
+        lost = []
+        for span, reference in zip(spans, sums, strict=True):
+            try:
+                values[span] = ray.get(reference)
+            except ObjectLostError:
+                lost.append(span)
+        if lost:
+            raise SumsLost(lost)
+        metrics = self.learner.step(plan, values)
+        return (metrics, self.learner.seconds), self.learner.publish()
+
+    def state(self) -> LearnerState:
+        return self.learner.state()

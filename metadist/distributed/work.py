@@ -1,0 +1,101 @@
+"""A plan under way on Ray: which adapter has which call, which calls are late, and where results lie."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from metadist.core.plan import Plan, Range
+from metadist.distributed.ledger import Ledger
+from metadist.distributed.pace import Pace
+from metadist.distributed.receipt import Receipt
+
+
+@dataclass(eq=False)
+class Slot:
+    """A place for one adapter: starting until its fingerprint is there, then ready until its actor dies."""
+
+    actor: Any
+    starting: ray.ObjectRef | None
+    failed_starts: int = 0
+
+
+@dataclass(eq=False)
+class Call:
+    """One range with one adapter; a slot may have another actor by the time that the call comes to its end."""
+
+    slot: Slot
+    actor: Any
+    span: Range
+    result: ray.ObjectRef
+    since: float = field(default_factory=time.monotonic)
+    answered_elsewhere: float | None = None
+    """When another adapter gave the same range."""
+    given_up: bool = False
+
+
+@dataclass(eq=False)
+class Work:
+    """A plan's ledger, the calls that are out, by their receipts, and the results so far."""
+
+    plan: Plan
+    theta: ray.ObjectRef
+    ledger: Ledger
+    submit: Callable[[Any, Range], tuple[ray.ObjectRef, ray.ObjectRef]]
+    pace: Pace
+    calls: dict[ray.ObjectRef, Call] = field(default_factory=dict)
+    results: dict[Range, ray.ObjectRef] = field(default_factory=dict)
+    receipt: Receipt = field(default_factory=Receipt)
+    """Of all adapters together."""
+    chunks_given_twice: int = 0
+
+    def begin(self) -> None:
+        """Theta is there: calls that were made before wait for nothing else from now on."""
+        for call in self.calls.values():
+            call.since = time.monotonic()
+
+    def hand_out(self, free: Iterable[Slot]) -> None:
+        """Gives every free slot without a range of this plan the next one that is open, or else one that is late."""
+        busy = {call.slot for call in self.calls.values()}
+        for slot in free:
+            if slot in busy:
+                continue
+            span = self.ledger.submit(slot.actor)
+            if span is None:
+                if not (late := self._late()):
+                    return
+                span = late[0]
+                self.ledger.submit_again(span, slot.actor)
+                self.chunks_given_twice += span.stop - span.start
+            receipt, result = self.submit(slot.actor, span)
+            self.calls[receipt] = Call(slot, slot.actor, span, result)
+
+    def done(self, call: Call, receipt: Receipt) -> None:
+        """Takes the first answer for a range, and drops any other."""
+        if not self.ledger.done(call.span):
+            return
+        self.results[call.span] = call.result
+        self.receipt += receipt
+        self.pace.note(call.span, receipt.seconds.sampling + receipt.seconds.adapting)
+        for other in self.calls.values():
+            if other.span == call.span:
+                other.answered_elsewhere = time.monotonic()
+
+    def patience_s(self, at_most: float) -> float:
+        """How long nothing can become late, from now on."""
+        now = time.monotonic()
+        left = [since + self.pace.deadline_s(span) - now for span, since in self._last_given().items()]
+        return min((seconds for seconds in left if seconds > 0), default=at_most) if left else at_most
+
+    def _late(self) -> list[Range]:
+        """Ranges whose last call is out for too long, the longest first."""
+        now = time.monotonic()
+        given = sorted(self._last_given().items(), key=lambda item: item[1])
+        return [span for span, since in given if now - since > self.pace.deadline_s(span)]
+
+    def _last_given(self) -> dict[Range, float]:
+        """When each range that nobody has answered was given to somebody for the last time."""
+        waiting = [call for call in self.calls.values() if call.answered_elsewhere is None]
+        return {call.span: call.since for call in sorted(waiting, key=lambda call: call.since)}
