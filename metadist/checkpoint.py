@@ -19,10 +19,15 @@ from safetensors.numpy import load, save
 from metadist.core.params import Layout
 from metadist.distributed.learner import LearnerState
 from metadist.errors import CheckpointError, RunDirectoryError
-from metadist.files import writing
 from metadist.run_directory import RunDirectory
 
 FORMAT = 1
+LARGEST_JSON = 2**16
+"""Bytes of manifest.json, of state.json, and of a header beside its names."""
+BYTES_A_NAME = 256
+"""Of a header, beside the name itself: dtype, shape, place."""
+MAX_OPTIMIZER_TENSORS = 8
+"""As large as theta; torch's optimizers have up to four."""
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -85,7 +90,7 @@ class Checkpoints:
             step=step,
             theta=self._flat("theta", tensors["theta"], where),
             statistics=self._flat("statistics", tensors["statistics"], where),
-            optimizer=tensors["optimizer"],
+            optimizer=self._optimizer(tensors["optimizer"], where),
         )
 
     def load_latest(self, warn: Callable[[str], None]) -> LearnerState | None:
@@ -111,13 +116,23 @@ class Checkpoints:
         """Removes all but the last `keep` checkpoints and the best one."""
         for step in self.steps()[:-keep]:
             if step != best:
-                place = f"{self._directory.path}/{self._place(step)}"
-                with writing(f"{self._directory.location}/{self._place(step)}"):
-                    # The manifest goes first: what is left of a half-removed checkpoint does not count.
-                    self._directory.file_system.delete_file(f"{place}/manifest.json")
-                    self._directory.file_system.delete_dir(place)
+                # What is left of a half-removed checkpoint does not count.
+                self._directory.remove(self._place(step), first="manifest.json")
+
+    def _largest(self, name: str) -> int:
+        """Bytes beyond which a file is not even read."""
+        part = name.partition(".")[0]
+        numbers = {
+            "theta": self._layouts["theta"].size,
+            "statistics": self._layouts["statistics"].size,
+            "optimizer": MAX_OPTIMIZER_TENSORS * self._layouts["theta"].size,
+        }
+        names = sum(len(name) + BYTES_A_NAME for name in self._layouts.get(part, self._layouts["theta"]).shapes)
+        return 4 * numbers.get(part, 0) + names + LARGEST_JSON
 
     def _verified_files(self, place: str, where: str) -> dict[str, bytes]:
+        if self._directory.size(f"{place}/manifest.json") > LARGEST_JSON:
+            raise CheckpointError(f"{where}: manifest.json is torn or altered. The checkpoint is not used.")
         content = self._read(place, "manifest.json")
         try:
             digests = json.loads(content)["sha256"]
@@ -133,6 +148,12 @@ class Checkpoints:
                 raise CheckpointError(f"{where}: manifest.json names the file {name!r}. The checkpoint is not used.")
             if not self._directory.exists(f"{place}/{name}"):
                 raise CheckpointError(f"{where}: {name} is missing. The checkpoint is not used.")
+            most = self._largest(name)
+            if (found := self._directory.size(f"{place}/{name}")) > most:
+                raise CheckpointError(
+                    f"{where}: {name} is of {found} bytes, where this model's has at most {most}. The checkpoint is not"
+                    " used."
+                )
             files[name] = self._read(place, name)
             if hashlib.sha256(files[name]).hexdigest() != digest:
                 raise CheckpointError(
@@ -159,6 +180,15 @@ class Checkpoints:
             start += size
         return named
 
+    def _optimizer(self, tensors: dict[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
+        for name, value in tensors.items():
+            if value.dtype != np.float32 or value.shape not in ((), (self._layouts["theta"].size,)):
+                raise CheckpointError(
+                    f"{where}: optimizer does not fit this model: {name} is {value.dtype} of shape"
+                    f" {list(value.shape)}. Use the run's own config."
+                )
+        return tensors
+
     def _flat(self, part: str, tensors: dict[str, np.ndarray], where: str) -> np.ndarray:
         shapes = self._layouts[part].shapes
         found = {name: tuple(value.shape) for name, value in tensors.items()}
@@ -168,8 +198,14 @@ class Checkpoints:
                 f"{where}: {part} does not fit this model: {odd[0][0]} has another shape or is not there on both sides."
                 " Use the run's own config."
             )
+        wrong = next((name for name, value in tensors.items() if value.dtype != np.float32), None)
+        if wrong is not None:
+            raise CheckpointError(
+                f"{where}: {part} does not fit this model: {wrong} is {tensors[wrong].dtype}, not float32. Use the"
+                " run's own config."
+            )
         flat = [tensors[name].reshape(-1) for name in shapes]
-        return np.concatenate(flat).astype(np.float32) if flat else np.zeros(0, np.float32)
+        return np.concatenate(flat) if flat else np.zeros(0, np.float32)
 
 
 class CheckpointWriter:

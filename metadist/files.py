@@ -1,14 +1,60 @@
 """Paths and URIs as pyarrow file systems: local directories, s3://, gs:// and the others it knows."""
 
+import errno
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow as pa
 from pyarrow import fs
 
 from metadist.errors import MetadistError, UserError
+
+T = TypeVar("T")
+
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
+"""Between tries; each wait is twice the one before."""
+WRITE_PATIENCE_S, READ_PATIENCE_S = 300.0, 30.0
+
+_PASSING = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT, errno.ENETDOWN, errno.ENETUNREACH}
+_PASSING |= {errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EPIPE}
+_FINAL_ANSWERS = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_", "SIGNATURE", "Unauthorized", "Forbidden", "Not Found")
+"""Of object stores, which give no number."""
+
+
+def patiently(
+    operation: Callable[[], T], place: str, notify: Callable[[str], None], is_local: bool, patience_s: float
+) -> T:
+    """What a storage refuses for a moment is tried again, with longer and longer waits, and told.
+
+    Raises the last OSError once patience is at its end, and at once one that time does not heal: a full disk, no
+    permission, a missing file. Of a local file system only the errors of networks and of devices are thought to pass.
+    """
+    waited, wait = 0.0, FIRST_WAIT_S
+    while True:
+        try:
+            value = operation()
+        except OSError as error:
+            if waited >= patience_s or not _may_pass(error, is_local):
+                raise
+            notify(f"{place}: {reason(error)}. Trying again in {wait:g} s.")
+            time.sleep(wait)
+            waited += wait
+            wait = min(2 * wait, LONGEST_WAIT_S)
+        else:
+            if waited:
+                notify(f"{place}: it is there again, after {waited:g} s.")
+            return value
+
+
+def _may_pass(error: OSError, is_local: bool) -> bool:
+    if error.errno:
+        return error.errno in _PASSING
+    of_another_kind = type(error) is not OSError and not isinstance(error, ConnectionError | TimeoutError)
+    return not (is_local or of_another_kind or any(answer in str(error) for answer in _FINAL_ANSWERS))
 
 
 def open_file_system(location: str) -> tuple[fs.FileSystem, str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from metadist.callbacks import Callback
 from metadist.config import Config
@@ -100,7 +101,7 @@ class MetaTrainer:
         with ExitStack() as stack:
             # Given back last, after the last upload.
             lease = stack.enter_context(Lease(config.run_directory, console))
-            directory = RunDirectory(config.run_directory)
+            directory = RunDirectory(config.run_directory, lambda text: console.print(Text(text, "yellow")))
             stack.callback(directory.close)
             state, expected = open_run(directory, config, experiment, self._resume, self._allow_numeric_drift, console)
             directory.write_json(SPEC_FILE, remembered(experiment.source))

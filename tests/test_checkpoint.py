@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 from pyarrow import fs
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save
 
 from metadist.checkpoint import Checkpoints, CheckpointWriter
 from metadist.core.params import Layout
@@ -170,6 +170,73 @@ def test_the_one_before_is_used_with_a_warning_that_names_the_damaged_one(checkp
         True
     ] * 2
     assert all(warning.endswith("Trying the one before.") for warning in warnings)
+
+
+def test_torn_anywhere_it_is_passed_over_with_a_message_and_the_one_before_is_used(checkpoints, place):
+    for step in (3, 4):
+        checkpoints.save(state_at(step))
+    random = np.random.default_rng(5)
+    manifest = len((place(4) / "manifest.json").read_bytes())
+    torn = [("manifest.json", length) for length in range(manifest)]
+    data = [(name, length) for name in FILES[:-1] for length in range(len((place(4) / name).read_bytes()))]
+    torn += [data[index] for index in random.choice(len(data), 100, replace=False)]
+    for name, length in torn:
+        path = place(4) / name
+        intact = path.read_bytes()
+        # A write that was cut short leaves nothing behind it, or the zeros of a file system that had made room.
+        for rest in (b"", bytes(len(intact) - length)):
+            path.write_bytes(intact[:length] + rest)
+            if path.read_bytes() == intact:
+                continue
+            state, warnings = load_latest(checkpoints)
+            assert bits_of(state) == bits_of(state_at(3)), f"{name} torn at byte {length} is loaded in silence"
+            assert len(warnings) == 1
+            assert f"step_00000004: {name}" in warnings[0]
+        path.write_bytes(intact)
+    assert bits_of(load_latest(checkpoints)[0]) == bits_of(state_at(4))
+
+
+def resign(place, name, content):
+    """Another content for a file, with a manifest that says so."""
+    (place / name).write_bytes(content)
+    rewrite_manifest(place, lambda digests: digests.update({name: hashlib.sha256(content).hexdigest()}))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_larger_than_this_models_can_be_is_refused_before_it_is_read(checkpoints, directory, place, name):
+    checkpoints.save(state_at(3))
+    # A file with a hole takes no room on the disk, and all that it says in memory.
+    with (place(3) / name).open("r+b") as file:
+        file.truncate(2**40)
+    read = directory.read
+    directory.read = lambda asked: pytest.fail("it was read") if asked.endswith(name) else read(asked)
+    with pytest.raises(CheckpointError, match=r"has at most \d+\. The|manifest\.json is torn or altered"):
+        checkpoints.load(3)
+
+
+@pytest.mark.parametrize("part", ["theta", "statistics"])
+def test_tensors_of_another_dtype_are_refused(checkpoints, place, part):
+    checkpoints.save(state_at(3))
+    tensors = load_file(place(3) / f"{part}.safetensors")
+    resign(place(3), f"{part}.safetensors", save({name: v.astype(np.float64) for name, v in tensors.items()}))
+    with pytest.raises(CheckpointError, match=f"{part} does not fit this model: .* is float64, not float32"):
+        checkpoints.load(3)
+
+
+@pytest.mark.parametrize("odd", [np.zeros(THETA.size, np.int32), np.zeros(THETA.size - 1, np.float32)])
+def test_an_optimizer_of_another_dtype_or_shape_is_refused(checkpoints, place, odd):
+    checkpoints.save(state_at(3))
+    resign(place(3), "optimizer.safetensors", save({"exp_avg": odd}))
+    with pytest.raises(CheckpointError, match=r"optimizer does not fit this model: exp_avg is (int|float)32 of"):
+        checkpoints.load(3)
+
+
+def test_a_header_that_promises_more_than_is_there_is_refused(checkpoints, place):
+    checkpoints.save(state_at(3))
+    header = json.dumps({"net.weight": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
+    resign(place(3), "theta.safetensors", len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError, match="not a checkpoint of this version"):
+        checkpoints.load(3)
 
 
 def test_where_none_is_good_the_run_does_not_start_again_from_nothing(checkpoints, place):
