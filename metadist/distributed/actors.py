@@ -24,10 +24,10 @@ class SumsLost(Exception):
 class AdapterActor:
     """An adapter as an actor. Errors of its making are raised by `prepare`, where they keep their type."""
 
-    def prepare(self, experiment: list[ray.ObjectRef]) -> dict[str, Any]:
-        """Takes the experiment from the object store, its arrays shared with the node; gives the fingerprint."""
+    def prepare(self, experiment: list[ray.ObjectRef]) -> tuple[dict[str, Any], str]:
+        """Takes the experiment from the object store, its arrays shared with the node; gives fingerprint and node."""
         self.adapter = Adapter(ray.get(experiment[0]))
-        return self.adapter.fingerprint()
+        return self.adapter.fingerprint(), ray.get_runtime_context().get_node_id()
 
     def sum_range(self, plan: Plan, span: Range, published: np.ndarray) -> tuple[Receipt, Sums]:
         """A small receipt for the driver, and the sums, which go to the learner without passing the driver."""

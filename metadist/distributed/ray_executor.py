@@ -17,6 +17,7 @@ from metadist.core.meta_gradient import EpisodeScores
 from metadist.core.outer import OuterSettings
 from metadist.core.plan import Plan, Range
 from metadist.distributed.actors import AdapterActor, LearnerActor, SumsLost
+from metadist.distributed.draining import DrainingNodes
 from metadist.distributed.executor import Counters
 from metadist.distributed.fingerprint import refuse_other
 from metadist.distributed.learner import LearnerState
@@ -82,6 +83,7 @@ class RayExecutor:
         self._ahead: Work | None = None
         self._overdue: dict[ray.ObjectRef, Call] = {}
         """Calls whose ranges others have answered: their adapters get nothing else until they come back."""
+        self._draining = DrainingNodes()
         self._paces = {name: Pace(scaling.start_timeout_s) for name in ("sums", "scores")}
         self._stop: Callable[[], bool] = lambda: False
 
@@ -203,6 +205,7 @@ class RayExecutor:
         while not ledger.complete:
             work.hand_out(self._free())
             self._give_up_hung(work)
+            self._leave_draining_nodes()
             idle_since = time.monotonic() if calls else idle_since
             self._give_up_if(not calls and time.monotonic() - idle_since > self._scaling.start_timeout_s, 1)
             if not calls and self._stop():
@@ -293,7 +296,7 @@ class RayExecutor:
         """A starting adapter has answered: takes it in, replaces it if it died, refuses it if its bits differ."""
         assert slot.starting is not None
         try:
-            fingerprint = ray.get(slot.starting)
+            fingerprint, node = ray.get(slot.starting)
         except _LOST as error:
             slot.failed_starts += 1
             if slot.failed_starts >= MAX_FAILED_STARTS:
@@ -316,15 +319,30 @@ class RayExecutor:
             ray.kill(slot.actor)
             return
         self._fingerprint = fingerprint
-        slot.starting, slot.failed_starts = None, 0
+        slot.starting, slot.failed_starts, slot.node = None, 0, node
+        for old in [old for old in self._slots if old.successor is slot]:
+            self._slots.remove(old)
+            # Its calls come first in its queue, and are awaited as any other.
+            old.actor.__ray_terminate__.remote()
+
+    def _leave_draining_nodes(self) -> None:
+        """Asks for an adapter elsewhere for each that is on a node about to be taken away; it works on meanwhile."""
+        draining = self._draining.news()
+        for slot in [slot for slot in self._slots if slot.node in draining and slot.successor is None]:
+            self._notify(f"Node {slot.node} is about to be taken away: its adapter moves.")
+            slot.successor = self._new_slot()
+            self._slots.append(slot.successor)
 
     def _replace(self, slot: Slot, dead: Any) -> None:
-        """Starts another actor in a slot, unless that has been done since `dead` was there."""
-        if slot.actor is not dead:
+        """Starts another actor in a slot, unless that has been done since `dead` was there, or elsewhere."""
+        if slot.actor is not dead or slot not in self._slots:
             return
         self.counters.adapters_lost += 1
+        if slot.successor is not None:
+            self._slots.remove(slot)
+            return
         fresh = self._new_slot()
-        slot.actor, slot.starting = fresh.actor, fresh.starting
+        slot.actor, slot.starting, slot.node = fresh.actor, fresh.starting, None
 
     def _ask_learner(self, call: ray.ObjectRef) -> Any:
         try:

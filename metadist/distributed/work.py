@@ -20,6 +20,10 @@ class Slot:
     actor: Any
     starting: ray.ObjectRef | None
     failed_starts: int = 0
+    node: str | None = None
+    """Id of the node that it is on, once it is ready."""
+    successor: "Slot | None" = None
+    """What will take its place as soon as it is ready, since its node is about to be taken away."""
 
 
 @dataclass(eq=False)

@@ -1,6 +1,7 @@
 """Runs on a cluster of several nodes: too small, growing, shrinking, asking for a token."""
 
 import dataclasses
+import itertools
 import os
 import socket
 import subprocess
@@ -19,8 +20,11 @@ import pytest
 from metadist import MetaTrainer, load_config
 from metadist.core.episode import EpisodeBatch, EpisodeSpec
 from metadist.core.keys import TaskKey
+from metadist.core.plan import plan_step
+from metadist.distributed.in_process import InProcessExecutor
 from metadist.distributed.placement import check_fits
 from metadist.errors import ClusterError
+from metadist.experiment import make_experiment
 from metadist.sections import ScalingSettings
 from metadist.tasks.sinusoid import Sinusoid
 from metadist.training import Result
@@ -132,6 +136,56 @@ def test_a_node_that_comes_is_used_and_one_that_goes_is_missed_by_nobody(cluster
     run.join()
     assert results[0].adapters_lost == 1
     assert hashes(results[0]) == hashes(fit(tmp_path, 0, "alone", steps))
+
+
+@pytest.mark.ray
+def test_an_adapter_leaves_a_node_that_is_about_to_be_taken_away_without_loss(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray._raylet import GcsClient
+
+    from metadist.distributed.ray_executor import RayExecutor
+
+    monkeypatch.setattr("metadist.distributed.draining.LOOK_EVERY_S", 0.0)
+    going = cluster.add_node(num_cpus=1)
+    config = dataclasses.replace(load_config(CONFIG), scaling=ScalingSettings(num_workers=2))
+    experiment, told = make_experiment(config), []
+    executor = RayExecutor(experiment, config.outer, config.training.steps, config.scaling, notify=told.append)
+    alone = InProcessExecutor(experiment, config.outer, config.training.steps)
+    steps = itertools.count()
+
+    def step() -> None:
+        plan = plan_step(0, next(steps), 25, 13)
+        theta = executor.publish()
+        executor.step(plan, theta, executor.run(plan, theta))
+
+    def nodes() -> set[str | None]:
+        return {slot.node for slot in executor._slots if slot.starting is None}
+
+    try:
+        executor.start(None, None, lambda: False)
+        step()
+        assert going.node_id in nodes()
+        accepted, reason = GcsClient(address=cluster.address).drain_node(going.node_id, 2, "spot instance", 2**62)
+        assert accepted, reason
+        coming = cluster.add_node(num_cpus=1)
+        # Both go on, until the new one is ready.
+        wait_for(lambda: step() or coming.node_id in nodes())
+        assert going.node_id not in nodes()
+        assert executor.num_adapters == 2
+        cluster.remove_node(going, allow_graceful=False)
+        for _ in range(3):
+            step()
+        assert told == [f"Node {going.node_id} is about to be taken away: its adapter moves."]
+        assert (executor.counters.adapters_lost, executor.counters.chunks_recomputed) == (0, 0)
+        alone.start(None, None, lambda: False)
+        for number in range(next(steps)):
+            plan = plan_step(0, number, 25, 13)
+            alone.step(plan, alone.publish(), alone.run(plan, alone.publish()))
+        np.testing.assert_array_equal(executor.state().theta, alone.state().theta)
+    finally:
+        executor.close()
+        alone.close()
 
 
 @pytest.mark.ray

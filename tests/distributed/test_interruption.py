@@ -63,13 +63,14 @@ def undisturbed(ray_home: dict[str, str], tmp_path_factory: pytest.TempPathFacto
     return hashes(finish(command(run_dir, 0), ray_home), run_dir)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_ctrl_c_ends_with_a_checkpoint_and_the_printed_command_goes_on_with_equal_bits(
-    ray_home: dict[str, str], tmp_path: Path, undisturbed: tuple[object, ...], workers: int
+@pytest.mark.parametrize(("workers", "asks"), [(0, signal.SIGINT), (2, signal.SIGTERM)])
+def test_ctrl_c_or_a_notice_of_preemption_ends_with_a_checkpoint_and_the_printed_command_goes_on_with_equal_bits(
+    ray_home: dict[str, str], tmp_path: Path, undisturbed: tuple[object, ...], workers: int, asks: signal.Signals
 ) -> None:
     run_dir = tmp_path / "run"
     process = start(command(run_dir, workers), ray_home, checkpoint_exists(run_dir))
-    os.killpg(process.pid, signal.SIGINT)
+    # A terminal and Slurm tell the whole group of processes.
+    os.killpg(process.pid, asks)
     _, errors = process.communicate(timeout=WAIT_S)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
