@@ -35,6 +35,7 @@ def refuse_links_out(path: Path, location: str) -> None:
 def _tell_stderr(text: str) -> None:
     Console(stderr=True, soft_wrap=True).print(Text(text, "yellow"))
 
+
 SPEC_FILE = "spec.json"
 """The shapes of the task source's episodes."""
 
