@@ -10,6 +10,7 @@ The run is copied, and stays as it was.
 import argparse
 import io
 import json
+import math
 import shutil
 import string
 import sys
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, nargs="+", default=[5, 20, 50])
     parser.add_argument("--supports", type=int, default=40)
     parser.add_argument("--lr", type=float)
+    parser.add_argument("--rounds", type=int, help="times that each new task is drawn")
     asked = parser.parse_args()
     drawings = drawings_of(asked.pool)
     with tempfile.TemporaryDirectory() as directory:
@@ -77,7 +79,8 @@ def main() -> None:
         _print({"tasks": 0, "other_letters": mean_and_interval(before)})
         for number in asked.tasks:
             tasks = write_tasks(drawings, Path(directory) / f"tasks_{number}", number)
-            found = metadist.update(run, tasks, lr=asked.lr)
+            steps = math.ceil(asked.rounds * number / 4) if asked.rounds else None
+            found = metadist.update(run, tasks, lr=asked.lr, steps=steps)
             row = {"tasks": number, "steps": found.steps, "lr": found.lr, "accepted": found.accepted}
             row |= {"old_tasks": found.old_after, "old_change": found.old_change}
             if found.accepted:

@@ -33,6 +33,13 @@ class Distribution:
     def is_listed(self) -> bool:
         return self.kind in ("choice", "grid")
 
+    def holds(self, value: Any) -> bool:
+        """Whether a value is one that the key may take."""
+        if self.is_listed:
+            return value in self.values
+        low, high = self.values
+        return _is_number(value, whole=self.kind == "randint") and bool(low <= value <= high)
+
     def sample(self, random: np.random.Generator) -> Any:
         """One value, drawn; of a list, each is as likely."""
         if self.is_listed:

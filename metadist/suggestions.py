@@ -1,5 +1,6 @@
 """Which point a sweep tries next: a fixed list of points, or Optuna's TPE, asked and told."""
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
 from metadist.errors import UserError
@@ -8,6 +9,10 @@ from metadist.sweep import Point, Sweep
 
 if TYPE_CHECKING:
     import optuna
+
+
+NEEDED = {"tpe": (), "gp": ("scipy",)}
+"""Packages beside Optuna."""
 
 
 class Suggestions(Protocol):
@@ -41,24 +46,33 @@ class ListedPoints:
 
 
 class OptunaPoints:
-    """Optuna's TPE (Bergstra et al. 2011), seeded: the same results in the same order give the same points."""
+    """Optuna's samplers, seeded: the same results in the same order give the same points.
+
+    `tpe`: Bergstra et al. 2011 (NeurIPS). `gp`: a Gaussian process with the logarithm of expected improvement
+    (Ament et al. 2023, arXiv:2310.20708).
+    """
 
     def __init__(self, sweep: Sweep) -> None:
-        try:
-            import optuna
-        except ImportError:
+        name = sweep.searcher.name
+        missing = [package for package in ("optuna", *NEEDED[name]) if find_spec(package) is None]
+        if missing:
             raise UserError(
-                f"searcher.name: {sweep.searcher.name} needs Optuna, which is not installed."
+                f"searcher.name: {name} needs {missing[0]}, which is not installed."
                 " Install it with `pip install 'metadist[tune]'`, or use searcher.name: random."
-            ) from None
+            )
+        import optuna
+
+        samplers = {"tpe": optuna.samplers.TPESampler, "gp": optuna.samplers.GPSampler}
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._study = optuna.create_study(
-            sampler=optuna.samplers.TPESampler(seed=sweep.searcher.seed),
+            sampler=samplers[name](seed=sweep.searcher.seed),
             direction=optuna.study.StudyDirection["MAXIMIZE" if sweep.objective.mode == "max" else "MINIMIZE"],
         )
         self._space, self._state = sweep.space, optuna.trial.TrialState
         self._distributions = {key: _distribution(value) for key, value in sweep.space.items()}
         self._trials: dict[int, optuna.trial.Trial] = {}
+        for point in sweep.first_points[: sweep.num_trials]:
+            self._study.enqueue_trial({key: self._encoded(key, value) for key, value in point.items()})
 
     def ask(self, number: int, tried: Point | None) -> Point:
         trial = self._study.ask(self._distributions)

@@ -67,9 +67,9 @@ class SchedulerSettings:
 
 @settings
 class SearcherSettings:
-    """Section `searcher`: which point is tried next. `tpe` is Optuna's (extra `tune`)."""
+    """Section `searcher`: which point is tried next. `tpe` and `gp` are Optuna's (extra `tune`; `gp` needs SciPy)."""
 
-    name: Literal["random", "grid", "tpe"] = "random"
+    name: Literal["random", "grid", "tpe", "gp"] = "random"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
@@ -103,6 +103,8 @@ class Sweep:
     scheduler: SchedulerSettings
     searcher: SearcherSettings
     run: PlaceSettings
+    first_points: tuple[Point, ...] = ()
+    """Tried before any other: the best ones of earlier sweeps."""
 
     @property
     def directory(self) -> Path:
@@ -120,10 +122,11 @@ class Sweep:
             values = [distribution.values for distribution in self.space.values()]
             return [dict(zip(self.space, point, strict=True)) for point in itertools.product(*values)]
         random = np.random.Generator(np.random.Philox(self.searcher.seed))
-        return [
+        drawn = [
             {key: distribution.sample(random) for key, distribution in self.space.items()}
             for _ in range(self.num_trials)
         ]
+        return [*self.first_points, *drawn][: self.num_trials]
 
     def config(self, point: Mapping[str, Any]) -> Config:
         """The config at a point. Raises ConfigError where its values do not go together."""
@@ -133,6 +136,7 @@ class Sweep:
         """Plain values that say which sweep it is, but for where it lies and how many trials run at once."""
         plain: dict[str, Any] = {"base": self.base}
         plain["space"] = {key: [value.kind, *value.values] for key, value in self.space.items()}
+        plain["first_points"] = list(self.first_points)
         for name in ("objective", "budget", "scheduler", "searcher"):
             plain[name] = dict(vars(getattr(self, name)))
         for free in ("max_concurrent", "max_failures"):

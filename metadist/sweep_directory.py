@@ -16,6 +16,7 @@ from metadist.sweep import Point, Sweep
 from metadist.trial import OUTCOME_FILE, read_failure, read_outcome, read_reports
 
 SWEEP_FILE = "sweep.json"
+TRIALS = "trials"
 POINT_FILE = "point.json"
 RESULTS_FILE = "results.parquet"
 BEST_FILE = "best.yaml"
@@ -37,7 +38,7 @@ class SweepDirectory:
                     f"{self.path} holds no sweep to go on with. Correct run.name, or leave --resume out."
                 )
             with writing(str(self.path)):
-                (self.path / "trials").mkdir(parents=True, exist_ok=True)
+                (self.path / TRIALS).mkdir(parents=True, exist_ok=True)
             with replacing(place) as partial:
                 partial.write_text(json.dumps(asked, indent=2) + "\n")
             return
@@ -62,14 +63,11 @@ class SweepDirectory:
 
     def trial(self, number: int) -> Path:
         """The run directory of a trial."""
-        return self.path / "trials" / f"{number:05d}"
+        return self.path / TRIALS / trial_name(number)
 
     def point(self, number: int) -> Point | None:
         """What a trial of this number was begun with; None for a new one. Lists are tuples, as in a space."""
-        place = self.trial(number) / POINT_FILE
-        if not place.exists():
-            return None
-        return {key: _tuples(value) for key, value in json.loads(place.read_text()).items()}
+        return read_point(self.trial(number))
 
     def begin(self, number: int, point: Point) -> None:
         """Writes down a trial's point before anything is computed with it."""
@@ -129,8 +127,21 @@ class SweepDirectory:
         return f"trial {number}  {row['outcome']} at step {row['step']}{score}  {point}"
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+def trial_name(number: int) -> str:
+    return f"{number:05d}"
+
+
+def read_point(trial: Path) -> Point | None:
+    """What a trial was begun with; None where there is none. Lists are tuples, as in a space."""
+    place = trial / POINT_FILE
+    if not place.exists():
+        return None
+    return {key: as_tuples(value) for key, value in json.loads(place.read_text()).items()}
+
+
+def as_tuples(value: Any) -> Any:
+    """A value of a space as it was before JSON made lists of its tuples."""
+    return tuple(as_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def _cell(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """Sweep files: what they say, what is drawn from them, and every mistake by its key, value, rule and line."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -7,9 +8,12 @@ import numpy as np
 import pytest
 
 from metadist.errors import ConfigError, RunDirectoryError, UserError
+from metadist.run_directory import RunDirectory
 from metadist.search_space import parse_distribution
+from metadist.suggestions import make_suggestions
 from metadist.sweep import Sweep, load_sweep
 from metadist.sweep_directory import SweepDirectory
+from metadist.warm_start import with_first_points, with_saved_first_points
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SWEEP = f"""\
@@ -143,3 +147,85 @@ def test_a_sweep_directory_is_taken_up_by_resume_alone_and_by_the_same_sweep_alo
     SweepDirectory(sweep).open(resume=True)
     with pytest.raises(RunDirectoryError, match="another sweep: searcher differ"):
         SweepDirectory(sweep_of(tmp_path, ("seed: 3", "seed: 4"))).open(resume=True)
+
+
+def ended(folder: Path, name: str, results: list[tuple[dict, int, float]], *changes: tuple[str, str]) -> str:
+    """A sweep directory in which trials of these points, last steps and losses have ended."""
+    (folder / name).mkdir()
+    sweep = sweep_of(
+        folder / name, *changes, ("searcher:", f"run: {{storage_path: {folder}, name: {name}_out}}\nsearcher:")
+    )
+    sweep = dataclasses.replace(sweep, budget=dataclasses.replace(sweep.budget, trials=len(results)))
+    directory = SweepDirectory(sweep)
+    directory.open(resume=False)
+    for number, (point, step, loss) in enumerate(results):
+        directory.begin(number, point)
+        RunDirectory(str(directory.trial(number))).write_json("reports.json", [{"step": step, "loss": loss}])
+        directory.end(number, "finished" if step == 90 else "stopped")
+    directory.write_results()
+    return str(directory.path)
+
+
+def at(rate: float, steps: int = 1) -> dict:
+    return {"algorithm.inner_lr": rate, "algorithm.inner_steps": steps}
+
+
+def test_a_warm_start_takes_the_best_of_each_earlier_sweep_in_turn(tmp_path: Path) -> None:
+    # A trial that was stopped early is behind those that came further, however good it looked.
+    first = ended(
+        tmp_path, "first", [(at(0.1), 90, 0.5), (at(0.2), 90, 0.4), (at(0.3), 30, 0.1), (at(0.4, 2), 90, 0.6)]
+    )
+    second = ended(tmp_path, "second", [(at(0.2), 90, 3.0), (at(0.9), 90, 2.0)])
+    sweep = with_first_points(sweep_of(tmp_path), [first, second])
+    assert [tuple(point.values()) for point in sweep.first_points] == [(0.2, 1), (0.9, 1), (0.1, 1), (0.4, 2), (0.3, 1)]
+    assert sweep.points() == list(sweep.first_points)
+    few = with_first_points(sweep_of(tmp_path), [first, second], points_each=1)
+    assert few.points()[:2] == [at(0.2), at(0.9)]
+    assert few.points()[2:] == sweep_of(tmp_path).points()[:3]
+
+
+def test_points_outside_of_the_space_are_left_out_and_missing_keys_are_the_base_configs(tmp_path: Path) -> None:
+    earlier = ended(
+        tmp_path,
+        "earlier",
+        [({"algorithm.inner_lr": 0.0005}, 90, 0.1), ({"algorithm.inner_lr": 0.2}, 90, 0.2)],
+        ("  algorithm.inner_steps: choice(1, 2)\n", ""),
+        ("loguniform(1e-3, 1)", "loguniform(1e-4, 1)"),
+    )
+    assert with_first_points(sweep_of(tmp_path), [earlier]).first_points == (at(0.2),)
+    with pytest.raises(UserError, match=r"no point of .* lies in this sweep's space"):
+        with_first_points(sweep_of(tmp_path, ("loguniform(1e-3, 1)", "loguniform(0.5, 1)")), [earlier])
+    with pytest.raises(UserError, match="holds no ended sweep"):
+        with_first_points(sweep_of(tmp_path), [str(tmp_path)])
+
+
+@pytest.mark.parametrize("searcher", ["tpe", "gp"])
+def test_optuna_begins_with_the_first_points_and_then_follows_what_it_is_told(tmp_path: Path, searcher: str) -> None:
+    pytest.importorskip("optuna")
+    change = ("name: random", f"name: {searcher}"), ("trials: 5", "trials: 14")
+    sweep = dataclasses.replace(sweep_of(tmp_path, *change), first_points=(at(0.01), at(0.9, 2)))
+
+    def asked() -> list:
+        suggestions = make_suggestions(sweep)
+        points = []
+        for number in range(14):
+            points.append(suggestions.ask(number, None))
+            suggestions.tell(number, abs(math.log(points[-1]["algorithm.inner_lr"] / 0.1)))
+        return points
+
+    points = asked()
+    assert points[:2] == [at(0.01), at(0.9, 2)]
+    assert points == asked()
+    distances = [abs(math.log(point["algorithm.inner_lr"] / 0.1)) for point in points]
+    assert min(distances[2:]) < 0.5
+
+
+def test_the_first_points_of_a_sweep_under_way_are_remembered(tmp_path: Path) -> None:
+    place = ("searcher:", f"run: {{storage_path: {tmp_path}, name: out}}\nsearcher:")
+    sweep = dataclasses.replace(sweep_of(tmp_path, place), first_points=(at(0.2),))
+    SweepDirectory(sweep).open(resume=False)
+    again = with_saved_first_points(sweep_of(tmp_path, place))
+    assert again.first_points == sweep.first_points
+    SweepDirectory(again).open(resume=True)
+    with pytest.raises(RunDirectoryError, match="first_points"):
+        SweepDirectory(sweep_of(tmp_path, place)).open(resume=True)

@@ -8,9 +8,16 @@ from metadist.commands.output import json_option, print_json, progress_console, 
 @click.command()
 @click.argument("sweep")
 @click.option("--resume", is_flag=True, help="Go on with a sweep that was ended in its midst.")
+@click.option(
+    "--from",
+    "earlier",
+    multiple=True,
+    metavar="DIR",
+    help="Begin with the best points of this ended sweep; repeatable.",
+)
 @click.option("--address", metavar="ADDR", help="A Ray cluster to join, instead of $RAY_ADDRESS or a local one.")
 @json_option
-def tune(sweep: str, resume: bool, address: str | None, as_json: bool) -> None:
+def tune(sweep: str, resume: bool, earlier: tuple[str, ...], address: str | None, as_json: bool) -> None:
     """Search over the keys of a config, as SWEEP, a YAML file, says."""
     from rich.table import Table
 
@@ -18,8 +25,13 @@ def tune(sweep: str, resume: bool, address: str | None, as_json: bool) -> None:
     from metadist.sweep import load_sweep
     from metadist.sweep_directory import BEST_FILE, RESULTS_FILE, SweepDirectory
     from metadist.tuning import tune as run_sweep
+    from metadist.warm_start import with_first_points, with_saved_first_points
 
     settings = load_sweep(sweep)
+    if earlier:
+        settings = with_first_points(settings, list(earlier))
+    elif resume:
+        settings = with_saved_first_points(settings)
     run_sweep(settings, resume=resume, address=address, console=progress_console())
     directory = SweepDirectory(settings)
     rows, best = directory.rows(), directory.best()
