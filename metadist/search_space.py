@@ -40,6 +40,14 @@ class Distribution:
         low, high = self.values
         return _is_number(value, whole=self.kind == "randint") and bool(low <= value <= high)
 
+    def encoded(self, value: Any) -> Any:
+        """A number for a value: of a list its index, since its values may be anything."""
+        return self.values.index(value) if self.is_listed else value
+
+    def decoded(self, number: Any) -> Any:
+        """The value of a number."""
+        return self.values[number] if self.is_listed else number
+
     def sample(self, random: np.random.Generator) -> Any:
         """One value, drawn; of a list, each is as likely."""
         if self.is_listed:

@@ -1,7 +1,7 @@
 """Which point a sweep tries next: a fixed list of points, or Optuna's TPE, asked and told."""
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from metadist.errors import UserError
 from metadist.search_space import Distribution
@@ -69,17 +69,17 @@ class OptunaPoints:
             direction=optuna.study.StudyDirection["MAXIMIZE" if sweep.objective.mode == "max" else "MINIMIZE"],
         )
         self._space, self._state = sweep.space, optuna.trial.TrialState
-        self._distributions = {key: _distribution(value) for key, value in sweep.space.items()}
+        self._distributions = {key: as_optuna(value) for key, value in sweep.space.items()}
         self._trials: dict[int, optuna.trial.Trial] = {}
         for point in sweep.first_points[: sweep.num_trials]:
-            self._study.enqueue_trial({key: self._encoded(key, value) for key, value in point.items()})
+            self._study.enqueue_trial({key: self._space[key].encoded(value) for key, value in point.items()})
 
     def ask(self, number: int, tried: Point | None) -> Point:
         trial = self._study.ask(self._distributions)
         if tried is not None and self._point(trial) != tried:
             # Trials ended in another order than before; what was tried counts, not what would be tried now.
             self._study.tell(trial, state=self._state.FAIL)
-            self._study.enqueue_trial({key: self._encoded(key, value) for key, value in tried.items()})
+            self._study.enqueue_trial({key: self._space[key].encoded(value) for key, value in tried.items()})
             trial = self._study.ask(self._distributions)
         self._trials[number] = trial
         return tried or self._point(trial)
@@ -92,18 +92,10 @@ class OptunaPoints:
             self._study.tell(trial, value)
 
     def _point(self, trial: "optuna.trial.Trial") -> Point:
-        return {key: self._decoded(key, trial.params[key]) for key in self._space}
-
-    def _decoded(self, key: str, value: Any) -> Any:
-        distribution = self._space[key]
-        return distribution.values[value] if distribution.is_listed else value
-
-    def _encoded(self, key: str, value: Any) -> Any:
-        distribution = self._space[key]
-        return distribution.values.index(value) if distribution.is_listed else value
+        return {key: self._space[key].decoded(trial.params[key]) for key in self._space}
 
 
-def _distribution(distribution: Distribution) -> "optuna.distributions.BaseDistribution":
+def as_optuna(distribution: Distribution) -> "optuna.distributions.BaseDistribution":
     """Listed values are categories, by their index: Optuna keeps only numbers and text as they are."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 

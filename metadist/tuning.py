@@ -25,6 +25,7 @@ from metadist.distributed.cluster import connect
 from metadist.distributed.placement import resources_per_adapter
 from metadist.errors import ClusterError, ConfigError, InterruptedRun
 from metadist.experiment import open_task
+from metadist.reporting.sweep_page import write_sweep_report
 from metadist.sections import ScalingSettings
 from metadist.suggestions import Suggestions, make_suggestions
 from metadist.sweep import Point, Sweep, load_sweep
@@ -74,7 +75,7 @@ def tune(
     address: str | None = None,
     console: Console | None = None,
 ) -> ray_tune.ResultGrid:
-    """Runs a sweep to its end and writes results.parquet and best.yaml into the sweep directory.
+    """Runs a sweep to its end and writes results.parquet, best.yaml and report.html into the sweep directory.
 
     With `resume` a sweep that was ended in its midst goes on: no trial computes a step again that its checkpoints
     have. Raises UserError where the input is wrong, where the directory holds another sweep, or where a single
@@ -125,6 +126,7 @@ def tune(
     finally:
         disconnect()
     directory.write_results()
+    write_sweep_report(str(directory.path))
     ended = [row for row in directory.rows() if row["outcome"] != "unfinished"]
     if len(ended) < sweep.num_trials:
         raise InterruptedRun(f"Interrupted after {len(ended)} of {sweep.num_trials} trials. Go on with --resume.")

@@ -22,6 +22,7 @@ def tune(sweep: str, resume: bool, earlier: tuple[str, ...], address: str | None
     from rich.table import Table
 
     from metadist.errors import MetadistError
+    from metadist.reporting.sweep_page import REPORT_FILE
     from metadist.sweep import load_sweep
     from metadist.sweep_directory import BEST_FILE, RESULTS_FILE, SweepDirectory
     from metadist.tuning import tune as run_sweep
@@ -57,3 +58,4 @@ def tune(sweep: str, resume: bool, earlier: tuple[str, ...], address: str | None
             click.echo(f"trial {row['trial']} failed: {row['error']}")
     click.echo(f"all trials   {directory.path / RESULTS_FILE}")
     click.echo(f"best config  {directory.path / BEST_FILE}")
+    click.echo(f"report       {directory.path / REPORT_FILE}")

@@ -48,27 +48,53 @@ class Chart:
         x_ticks: Numbers | None = None,
         width: int = WIDTH,
         height: int = HEIGHT,
+        x_log: bool = False,
+        y_log: bool = False,
     ) -> None:
         self.label, self.width, self.height = label, width, height
-        self.x_range, self.y_range = _wide(*x), _wide(*y)
+        self.x_log, self.y_log = x_log, y_log
+        self.x_range, self.y_range = _wide(*_scaled(x, x_log)), _wide(*_scaled(y, y_log))
         self.x_title, self.y_title = x_title, y_title
-        self.x_ticks = ticks(*self.x_range) if x_ticks is None else x_ticks
+        self.x_ticks = _ticks(self.x_range, x_log) if x_ticks is None else x_ticks
+        self.y_ticks = _ticks(self.y_range, y_log)
         self.parts: list[str] = []
         self.legend: list[tuple[str, str]] = []
 
     def x(self, value: float) -> float:
         low, high = self.x_range
+        value = math.log10(value) if self.x_log else value
         return LEFT + (value - low) / (high - low) * (self.width - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
         low, high = self.y_range
-        inside = min(max(value, low), high)
+        inside = min(max(math.log10(value) if self.y_log else value, low), high)
         return self.height - BOTTOM - (inside - low) / (high - low) * (self.height - TOP - BOTTOM)
 
     def line(self, x: Numbers, y: Numbers, colour: str, name: str = "", *, faint: bool = False) -> None:
         places = " ".join(f"{self.x(a):.1f},{self.y(b):.1f}" for a, b in zip(x, y, strict=True) if math.isfinite(b))
         self.parts.append(f'<polyline class="line {colour}{" faint" * faint}" points="{places}"/>')
         self._name(name, colour)
+
+    def shaded_line(self, x: Numbers, y: Numbers, heat: float, title: str) -> None:
+        """In a colour between blue, at a heat of 0, and red, at 1."""
+        places = " ".join(f"{self.x(a):.1f},{self.y(b):.1f}" for a, b in zip(x, y, strict=True) if math.isfinite(b))
+        self.parts.append(
+            f'<polyline class="strand" style="--heat:{heat:.2f}" points="{places}">'
+            f"<title>{escape(title)}</title></polyline>"
+        )
+
+    def shaded_point(self, x: float, y: float, heat: float, title: str, r: float = 4.5) -> None:
+        self.parts.append(
+            f'<circle class="shade" style="--heat:{heat:.2f}" cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="{r}">'
+            f"<title>{escape(title)}</title></circle>"
+        )
+
+    def text(self, x: float, y: float, text: str) -> None:
+        self.parts.append(f'<text class="tick" x="{self.x(x) + 3:.1f}" y="{self.y(y) + 4:.1f}">{escape(text)}</text>')
+
+    def ring(self, x: float, y: float, r: float = 8) -> None:
+        """Around the point that is meant."""
+        self.parts.append(f'<circle class="line ink" cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="{r}"/>')
 
     def dashes(self, x: Numbers, y: Numbers, colour: str, name: str = "") -> None:
         self.line(x, y, f"{colour} dashed", name)
@@ -112,7 +138,7 @@ class Chart:
         """The chart; its legend is HTML below it, so that it wraps."""
         bottom, right = self.height - BOTTOM, self.width - RIGHT
         axes = []
-        for value in ticks(*self.y_range):
+        for value in self.y_ticks:
             axes.append(
                 f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{self.y(value):.1f}" y2="{self.y(value):.1f}"/>'
                 f'<text class="tick" text-anchor="end" x="{LEFT - 6}" y="{self.y(value) + 3.5:.1f}">'
@@ -156,6 +182,23 @@ def heat_table(rows: Sequence[str], columns: Sequence[str], values: Sequence[Seq
         )
         body.append(f"<tr><th>{escape(name)}</th>{cells}</tr>")
     return f'<div class="wide"><table class="map"><tr><th></th>{head}</tr>{"".join(body)}</table></div>'
+
+
+def _scaled(limits: tuple[float, float], log: bool) -> tuple[float, float]:
+    return (math.log10(limits[0]), math.log10(limits[1])) if log else limits
+
+
+def _ticks(scaled: tuple[float, float], log: bool) -> list[float]:
+    """Round numbers; on a logarithmic axis powers of ten, with their multiples by 2 and 5 where these are few."""
+    if not log:
+        return ticks(*scaled)
+    decades = range(math.floor(scaled[0]), math.ceil(scaled[1]) + 1)
+    for factors in ((1,), (1, 3), (1, 2, 5)):
+        found = [factor * 10.0**power for power in decades for factor in factors]
+        inside = [value for value in found if scaled[0] - 1e-9 <= math.log10(value) <= scaled[1] + 1e-9]
+        if len(inside) >= 3:
+            break
+    return inside
 
 
 def _wide(low: float, high: float) -> tuple[float, float]:

@@ -33,6 +33,21 @@ def render(findings: Findings, advice: list[Advice]) -> str:
     sections = "".join(
         f'<section id="{key}"><h2>{escape(SECTIONS[key][0])}</h2>{body}</section>' for key, body in shown.items()
     )
+    body = (
+        f"{lead(findings)}{figures(findings)}"
+        f"{_notes(findings.notes)}<nav>{navigation}</nav></header>"
+        f'<section id="next"><h2>What to try next</h2>{_advice(advice)}</section>{sections}'
+    )
+    return document(record.name, f"<header>{heading('metadist report', record.name)}{body}", record.location)
+
+
+def heading(eyebrow: str, name: str) -> str:
+    """What stands above everything."""
+    return f'<p class="eyebrow">{escape(eyebrow)}</p><h1>{escape(name)}</h1>'
+
+
+def document(name: str, body: str, location: str) -> str:
+    """A whole page around its body."""
     style = files("metadist.reporting").joinpath("page.css").read_text()
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -41,13 +56,9 @@ def render(findings: Findings, advice: list[Advice]) -> str:
         '<meta http-equiv="Content-Security-Policy" content="'
         "default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
         '<link rel="icon" href="data:,">'
-        f"<title>{escape(record.name)}: report</title><style>{style}</style></head><body><main>"
-        f'<header><p class="eyebrow">metadist report</p><h1>{escape(record.name)}</h1>'
-        f"{lead(findings)}{figures(findings)}"
-        f"{_notes(findings.notes)}<nav>{navigation}</nav></header>"
-        f'<section id="next"><h2>What to try next</h2>{_advice(advice)}</section>{sections}'
-        f'<footer class="muted">Made by metadist {escape(__version__)} from {escape(record.location)}. The same run and'
-        " options give the same page.</footer></main></body></html>\n"
+        f"<title>{escape(name)}: report</title><style>{style}</style></head><body><main>{body}"
+        f'<footer class="muted">Made by metadist {escape(__version__)} from {escape(location)}. The same files'
+        " and options give the same page.</footer></main></body></html>\n"
     )
 
 

@@ -1,0 +1,133 @@
+"""What a sweep directory tells: its trials, their validations, and which hyperparameters mattered."""
+
+import json
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from metadist.errors import UserError
+from metadist.run_directory import RunDirectory
+from metadist.search_space import Distribution
+from metadist.suggestions import as_optuna
+from metadist.sweep import Point
+from metadist.sweep_directory import SWEEP_FILE, TRIALS, as_tuples, read_point
+from metadist.trial import Report, read_failure, read_outcome, read_reports
+
+FEWEST_FOR_IMPORTANCE = 8
+"""Trials: fewer say nothing of what mattered."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One of a sweep."""
+
+    number: int
+    point: Point
+    outcome: str
+    reports: list[Report]
+    error: str | None
+
+    def last(self, metric: str) -> float | None:
+        value: float | None = self.reports[-1].get(metric) if self.reports else None
+        return value
+
+    def at(self, step: int, metric: str) -> float | None:
+        """The validation after a step."""
+        return next((report.get(metric) for report in self.reports if report["step"] == step), None)
+
+
+@dataclass(frozen=True)
+class SweepRecord:
+    """A sweep as its directory has it."""
+
+    location: str
+    name: str
+    base: dict[str, Any]
+    space: dict[str, Distribution]
+    metric: str
+    steps: int
+    searcher: str
+    scheduler: str
+    trials: list[Trial]
+
+    @property
+    def sign(self) -> int:
+        """1 where more is better."""
+        return 1 if self.metric == "accuracy" else -1
+
+    def ranked(self) -> list[Trial]:
+        """Trials with a validation that did not fail, the best last validation first."""
+        scored = [trial for trial in self.trials if trial.outcome != "failed" and trial.last(self.metric) is not None]
+        return sorted(scored, key=lambda trial: -self.sign * (trial.last(self.metric) or 0.0))
+
+    def heat(self) -> dict[int, float]:
+        """By trial number from 0, the best, to 1."""
+        ranked = self.ranked()
+        return {trial.number: place / max(1, len(ranked) - 1) for place, trial in enumerate(ranked)}
+
+    @property
+    def first_step(self) -> int | None:
+        """The first validation, which every trial came to."""
+        steps = [trial.reports[0]["step"] for trial in self.trials if trial.reports]
+        return min(steps, default=None)
+
+    def importances(self) -> tuple[str, dict[str, float]] | None:
+        """A method's name and each key's share in the variance of the first validation, over the whole space.
+
+        Functional ANOVA over a random forest (Hutter et al. 2014, ICML) where scikit-learn is installed, else PED-ANOVA
+        (Watanabe et al. 2023, IJCAI, arXiv:2304.10255), both Optuna's. None without Optuna, and with few trials.
+        """
+        step = self.first_step
+        values = {trial.number: trial.at(step, self.metric) for trial in self.trials} if step is not None else {}
+        scored = [trial for trial in self.trials if values.get(trial.number) is not None]
+        if not find_spec("optuna") or len(scored) < FEWEST_FOR_IMPORTANCE or len(self.space) < 2:
+            return None
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(direction="maximize" if self.sign > 0 else "minimize")
+        distributions = {key: as_optuna(distribution) for key, distribution in self.space.items()}
+        for trial in scored:
+            params = {key: distribution.encoded(trial.point[key]) for key, distribution in self.space.items()}
+            study.add_trial(
+                optuna.trial.create_trial(params=params, distributions=distributions, value=values[trial.number])
+            )
+        if find_spec("sklearn"):
+            fanova = optuna.importance.FanovaImportanceEvaluator(seed=0)
+            return "functional ANOVA", optuna.importance.get_param_importances(study, evaluator=fanova)
+        ped_anova = optuna.importance.PedAnovaImportanceEvaluator()
+        return "PED-ANOVA", optuna.importance.get_param_importances(study, evaluator=ped_anova)
+
+
+def is_sweep(directory: str) -> bool:
+    return (Path(directory) / SWEEP_FILE).is_file()
+
+
+def read_sweep_record(directory: str) -> SweepRecord:
+    """Raises UserError where a sweep's files are damaged."""
+    place = Path(directory)
+    try:
+        saved = json.loads((place / SWEEP_FILE).read_text())
+        space = {key: Distribution(kind, as_tuples(values)) for key, (kind, *values) in saved["space"].items()}
+        return SweepRecord(
+            location=directory,
+            name=place.absolute().name,
+            base=saved["base"],
+            space=space,
+            metric=saved["objective"]["metric"],
+            steps=saved["budget"]["steps"],
+            searcher=saved["searcher"]["name"],
+            scheduler=saved["scheduler"]["name"],
+            trials=[trial for trial in map(_trial, sorted((place / TRIALS).glob("*"))) if trial is not None],
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{place / SWEEP_FILE}: missing or damaged. Give the directory of a sweep.") from None
+
+
+def _trial(place: Path) -> Trial | None:
+    point, directory = read_point(place), RunDirectory(str(place))
+    if point is None:
+        return None
+    outcome = read_outcome(directory) or "unfinished"
+    return Trial(int(place.name), point, outcome, read_reports(directory), read_failure(directory))
