@@ -12,6 +12,9 @@ from metadist.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
 
+MAX_BYTES, MAX_VALUES, MAX_DEPTH = 2**20, 20_000, 32
+"""Of a document; far more than any config has. Values are counted where they are used, aliases (`*name`) included."""
+
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML that reads 1e-3 as a number and 2024-05-01 as text, as YAML 1.2 does and everybody expects."""
@@ -82,7 +85,8 @@ class Document:
                 f"--set takes section.key=value, got {assignment!r}. For example: --set training.steps=3000."
             )
         try:
-            value = _plain(yaml.load(text, _Loader), f"--set {key}")
+            loader, node = _composed(text, f"--set {key}")
+            value = _plain(None if node is None else loader.construct_document(node), f"--set {key}")
         except (yaml.YAMLError, RecursionError) as error:
             raise ConfigError(
                 f"--set {key}: {text!r} is not a YAML value ({_problem(error)}). Check its brackets and quotes."
@@ -114,8 +118,7 @@ def parse_document(text: str, file: str) -> Document:
     """The document in `text`; `file` is what errors call it."""
     lines: dict[KeyPath, int] = {}
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
+        loader, node = _composed(text, file)
         if node is not None:
             _walk(node, (), lines, file)
         data = None if node is None else loader.construct_document(node)
@@ -131,6 +134,42 @@ def parse_document(text: str, file: str) -> Document:
             f" {'nothing' if data is None else type(data).__name__}. Start from a file in configs/."
         )
     return Document(file, _plain(data, file), lines, set())
+
+
+def read_plain_yaml(text: str, file: str) -> Any:
+    """Plain YAML's value, within a config's limits. Raises yaml.YAMLError, or ConfigError beyond them."""
+    loader, node = _composed(text, file)
+    return None if node is None else loader.construct_document(node)
+
+
+def _composed(text: str, file: str) -> tuple[_Loader, yaml.Node | None]:
+    """A document's nodes, before values are made of them; refused where an alias makes many of few."""
+    if len(text) > MAX_BYTES:
+        raise ConfigError(f"{file}: holds {len(text)} characters, and a config at most {MAX_BYTES}. Is it a config?")
+    loader = _Loader(text)
+    node = loader.get_single_node()
+    if node is not None:
+        _count(node, 0, file, {})
+    return loader, node
+
+
+def _count(node: yaml.Node, depth: int, file: str, known: dict[int, int]) -> int:
+    """Values below a node, each counted as often as aliases use it. Raises ConfigError, RecursionError."""
+    if depth > MAX_DEPTH:
+        raise RecursionError
+    if id(node) in known:
+        return known[id(node)]
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    children = [child for pair in node.value for child in (pair if isinstance(pair, tuple) else (pair,))]
+    count = 1 + sum(_count(child, depth + 1, file, known) for child in children)
+    if count > MAX_VALUES:
+        raise ConfigError(
+            f"{file}, line {node.start_mark.line + 1}: holds more than {MAX_VALUES} values, aliases counted where they"
+            " are used. Write them out, and fewer."
+        )
+    known[id(node)] = count
+    return count
 
 
 def _line(error: Exception, text: str) -> int | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
@@ -19,6 +20,7 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
 """Between tries; each wait is twice the one before."""
 WRITE_PATIENCE_S, READ_PATIENCE_S = 300.0, 30.0
 
+_SECRETS = ("key", "secret", "token", "password")
 _PASSING = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT, errno.ENETDOWN, errno.ENETUNREACH}
 _PASSING |= {errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EPIPE}
 _FINAL_ANSWERS = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_", "SIGNATURE", "Unauthorized", "Forbidden", "Not Found")
@@ -58,12 +60,19 @@ def _may_pass(error: OSError, is_local: bool) -> bool:
 
 
 def open_file_system(location: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a local path or a URI, and the path within it."""
+    """The file system of a local path or a URI, and the path within it. Raises UserError where a secret is in it."""
     if "://" not in location:
         try:
             return fs.LocalFileSystem(), str(Path(location).expanduser().absolute())
         except RuntimeError:
             raise UserError(f"{location}: there is no such user's home directory. Write the path in full.") from None
+    parts = urlsplit(location)
+    if parts.username or parts.password or any(word in parts.query.lower() for word in _SECRETS):
+        raise UserError(
+            f"{parts.scheme}://...{parts.path}: a place must not hold a user, a password or a key, since it is written"
+            " into config.yaml and logs. Give them as the environment variables of the object store (AWS_PROFILE,"
+            " GOOGLE_APPLICATION_CREDENTIALS)."
+        )
     try:
         return fs.FileSystem.from_uri(location)
     except (pa.ArrowInvalid, OSError) as error:

@@ -21,6 +21,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from requests.exceptions import RequestException
 
 from metadist.config import Config
+from metadist.distributed.access import refuse_open_dashboard
 from metadist.distributed.placement import check_fits
 from metadist.errors import ClusterError, UserError, first_line
 
@@ -66,6 +67,7 @@ class JobServer:
         """`address` is the dashboard's; left out, $RAY_API_SERVER_ADDRESS or $RAY_ADDRESS."""
         self.address = _checked_address(address)
         _check_answers(self.address)
+        refuse_open_dashboard(self.address)
         with _told_errors(self.address), _this_address_alone():
             self._client = JobSubmissionClient(self.address)
 

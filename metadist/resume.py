@@ -8,8 +8,9 @@ from rich.text import Text
 
 from metadist.checkpoint import Checkpoints
 from metadist.config import Config, config_to_dict, differences
+from metadist.config_file import read_plain_yaml
 from metadist.distributed.learner import LearnerState
-from metadist.errors import RunDirectoryError
+from metadist.errors import ConfigError, RunDirectoryError
 from metadist.experiment import Experiment
 from metadist.run_directory import RunDirectory
 
@@ -87,8 +88,17 @@ def _refuse_other_files(directory: RunDirectory) -> None:
 
 def _refuse_other_run(directory: RunDirectory, asked: dict[str, Any]) -> None:
     try:
-        different = differences(yaml.safe_load(directory.read("config.yaml")), asked)
-    except (RunDirectoryError, yaml.YAMLError, LookupError, TypeError, AttributeError):
+        different = differences(read_plain_yaml(directory.read("config.yaml").decode(), "config.yaml"), asked)
+    except (
+        RunDirectoryError,
+        ConfigError,
+        yaml.YAMLError,
+        RecursionError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        UnicodeDecodeError,
+    ):
         raise RunDirectoryError(
             f"{directory.location}/config.yaml is missing, damaged or of another version, so it cannot be told whether"
             " this is the same run. Restore it, or choose another --run-dir."

@@ -17,7 +17,7 @@ from metadist.errors import RunDirectoryError
 from metadist.files import READ_PATIENCE_S, WRITE_PATIENCE_S, open_file_system, patiently, reason, writing
 
 T = TypeVar("T")
-_MAY_HOLD_LINKS = ("", "checkpoints", "checkpoints/*", "tensorboard")
+_MAY_HOLD_LINKS = ("", "checkpoints", "checkpoints/*", "tensorboard", "versions", "versions/*", "versions/*/*")
 """Directories whose entries are read or written."""
 
 

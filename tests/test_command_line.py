@@ -23,6 +23,7 @@ TRAIN_KEYS = {
     "tasks_per_second",
     "adapters_lost",
     "chunks_recomputed",
+    "chunks_given_twice",
 }
 
 

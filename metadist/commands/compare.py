@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from metadist.commands.output import json_option, print_json, progress_console, result_console
+from metadist.commands.output import insecure_option, json_option, print_json, progress_console, result_console
 from metadist.commands.train import workers_option
 
 
@@ -31,6 +31,7 @@ def json_file_option(context: click.Context, parameter: click.Parameter, value: 
     metavar="FILE.json",
     help="Write the JSON object there, and a picture beside it (FILE.png).",
 )
+@insecure_option
 @json_option
 def compare(
     config_or_run: tuple[str, ...],

@@ -2,11 +2,12 @@
 
 import click
 
-from metadist.commands.output import json_option, print_json, result_console
+from metadist.commands.output import insecure_option, json_option, print_json, result_console
 
 
 @click.command()
 @click.option("--address", metavar="ADDR", help="The Ray cluster to look at, instead of $RAY_ADDRESS.")
+@insecure_option
 @json_option
 def doctor(address: str | None, as_json: bool) -> None:
     """Check versions, Ray, devices and memory; say what to do about what is wrong."""

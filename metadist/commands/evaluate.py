@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from metadist.commands.output import json_option, print_json, progress_console, result_console
+from metadist.commands.output import insecure_option, json_option, print_json, progress_console, result_console
 from metadist.commands.train import workers_option
 
 
@@ -33,6 +33,7 @@ def shots_option(context: click.Context, parameter: click.Parameter, value: str 
 )
 @click.option("--workers", callback=workers_option, metavar="N|MIN:MAX", help="Adapters; 0 evaluates in this process.")
 @click.option("--address", metavar="ADDR", help="A Ray cluster to join, instead of $RAY_ADDRESS or a local one.")
+@insecure_option
 @json_option
 def evaluate(
     run: str,

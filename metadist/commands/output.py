@@ -1,6 +1,7 @@
 """What every command shares: where text goes, and `--json`."""
 
 import json
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,6 +16,24 @@ def json_option(function: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, the rest on stderr.")(
         function
     )
+
+
+def insecure_option(function: F) -> F:
+    """`--insecure`, of every command that joins a cluster: until the command ends, open ones are used too."""
+
+    def set_variable(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+        del parameter
+        if value and os.environ.get("METADIST_INSECURE") != "1":
+            os.environ["METADIST_INSECURE"] = "1"
+            context.call_on_close(lambda: os.environ.pop("METADIST_INSECURE", None))
+
+    return click.option(
+        "--insecure",
+        is_flag=True,
+        expose_value=False,
+        callback=set_variable,
+        help="Use a cluster elsewhere that asks for no token: whoever reaches it can run code there.",
+    )(function)
 
 
 def invert_option(function: F) -> F:

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from metadist.commands.output import json_option, print_json, progress_console
+from metadist.commands.output import insecure_option, json_option, print_json, progress_console
 
 TOKEN_VARIABLE = "METADIST_SERVE_TOKEN"
 
@@ -30,6 +30,7 @@ TOKEN_VARIABLE = "METADIST_SERVE_TOKEN"
 @click.option("--most-examples", default=1000, show_default=True, type=click.IntRange(min=1), help="Of one request.")
 @click.option("--most-megabytes", default=16, show_default=True, type=click.IntRange(min=1), help="Of one request.")
 @click.option("--timeout", default=30.0, show_default=True, type=click.FloatRange(min=0.1), help="Seconds a request.")
+@insecure_option
 @json_option
 def serve(
     run: str,

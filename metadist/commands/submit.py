@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from metadist.commands.output import json_option, print_json
+from metadist.commands.output import insecure_option, json_option, print_json
 from metadist.commands.train import run_options, settings_of, train_arguments
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @click.option("--address", metavar="URL", help="The cluster's dashboard: http://HOST:8265.  [$RAY_API_SERVER_ADDRESS]")
 @click.option("--wait/--no-wait", default=True, help="Follow the job's output until it ends.  [default: wait]")
 @click.option("--skip-resource-check", is_flag=True, help="For clusters that get nodes when they are asked for.")
+@insecure_option
 @json_option
 def submit(
     config: str,

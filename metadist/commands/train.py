@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from metadist.commands.output import json_option, print_json, progress_console, result_console
+from metadist.commands.output import insecure_option, json_option, print_json, progress_console, result_console
 
 if TYPE_CHECKING:
     from metadist.config import Config
@@ -95,6 +95,7 @@ def train_arguments(config: str, options: dict[str, Any]) -> list[str]:
 @click.command()
 @run_options
 @click.option("--address", metavar="ADDR", help="A Ray cluster to join, instead of $RAY_ADDRESS or a local one.")
+@insecure_option
 @json_option
 def train(config: str, address: str | None, as_json: bool, **options: Any) -> None:
     """Meta-train CONFIG, a YAML file."""

@@ -2,7 +2,7 @@
 
 import click
 
-from metadist.commands.output import json_option, print_json, progress_console, result_console
+from metadist.commands.output import insecure_option, json_option, print_json, progress_console, result_console
 
 
 @click.command()
@@ -16,6 +16,7 @@ from metadist.commands.output import json_option, print_json, progress_console, 
     help="Begin with the best points of this ended sweep; repeatable.",
 )
 @click.option("--address", metavar="ADDR", help="A Ray cluster to join, instead of $RAY_ADDRESS or a local one.")
+@insecure_option
 @json_option
 def tune(sweep: str, resume: bool, earlier: tuple[str, ...], address: str | None, as_json: bool) -> None:
     """Search over the keys of a config, as SWEEP, a YAML file, says."""

@@ -5,13 +5,13 @@ import math
 import os
 import socket
 from collections.abc import Callable
-from pathlib import Path
 
 import ray
 from ray.exceptions import AuthenticationError
 from rich.console import Console
 from rich.text import Text
 
+from metadist.distributed.access import make_token, refuse_open_head
 from metadist.distributed.placement import check_fits, resources_per_adapter
 from metadist.errors import ClusterError, first_line
 from metadist.sections import ScalingSettings
@@ -32,10 +32,12 @@ def connect(scaling: ScalingSettings, console: Console) -> Callable[[], None]:
     try:
         if address:
             _check_answers(address)
+            refuse_open_head(address)
             console.print(Text(f"Joining the Ray cluster at {address}"))
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             console.print("Starting a local Ray")
+            make_token()
             # "local": left out, Ray would join whatever cluster was last started on this machine.
             ray.init(
                 address="local",
@@ -46,7 +48,6 @@ def connect(scaling: ScalingSettings, console: Console) -> Callable[[], None]:
                 # Ray would run its workers at niceness 15, where whatever else the machine does comes first.
                 _system_config={"worker_niceness": 0},
             )
-            _keep_token_private()
     except (AuthenticationError, ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         if not address:
             raise ClusterError(
@@ -101,10 +102,3 @@ def _nodes() -> list[dict[str, float]]:
 def _autoscaling() -> bool:
     """Whether nodes may come that are not there yet."""
     return False
-
-
-def _keep_token_private() -> None:
-    """A local Ray writes its token readable by everybody; nobody else has any business with it."""
-    token = Path.home() / ".ray" / "auth_token"
-    if token.exists():
-        token.chmod(0o600)

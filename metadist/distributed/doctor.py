@@ -121,6 +121,18 @@ def _token() -> list[Finding]:
     return [Finding("Ray token", "ok", f"{token}, readable by you alone; RAY_AUTH_MODE is {mode}")]
 
 
+def _access(head: str) -> Finding:
+    """Whether a head asks for a token, and who can reach it."""
+    from metadist.distributed.access import is_this_machine, lets_anybody_in
+
+    if not lets_anybody_in(head):
+        return Finding("Ray authentication", "ok", f"{head} asks for a token")
+    remedy = "start it with RAY_AUTH_MODE=token, or let a firewall close the port"
+    if is_this_machine(head.rpartition(":")[0]):
+        return Finding("Ray authentication", "note", f"{head} is open to every user of this machine", remedy)
+    return Finding("Ray authentication", "wrong", f"{head} is open: whoever reaches it can run code there", remedy)
+
+
 def _cluster(address: str | None) -> list[Finding]:
     if address is None:
         return [Finding("Ray cluster", "ok", "no address given: `metadist train` starts a local one")]
@@ -144,9 +156,6 @@ def _cluster(address: str | None) -> list[Finding]:
         status: Literal["ok", "note"] = "ok" if store >= len(nodes) * 0.1 else "note"
         remedy = "" if status == "ok" else "start the nodes with --object-store-memory of 1 GB or more"
         found.append(Finding("object store", status, f"{store:.1f} GiB in all", remedy))
-        if os.environ.get("RAY_AUTH_MODE") != "token":
-            remedy = "whoever reaches its port can run code: start it with RAY_AUTH_MODE=token, or keep the port closed"
-            found.append(Finding("Ray authentication", "note", "RAY_AUTH_MODE is not token", remedy))
-        return found
+        return [*found, _access(ray.get_runtime_context().gcs_address)]
     finally:
         disconnect()

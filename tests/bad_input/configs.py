@@ -1,5 +1,7 @@
 """Wrong configs."""
 
+from itertools import pairwise
+
 from tests.bad_input.builders import (
     CONV,
     GOOD,
@@ -11,6 +13,11 @@ from tests.bad_input.builders import (
     pool,
     setting,
 )
+
+LAUGHS = "a: &a [lol, lol, lol, lol, lol, lol, lol, lol, lol]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in pairwise("abcdefghi")
+)
+"""Nine to the ninth values in nine lines."""
 
 WRONG_CONFIGS: dict[str, tuple[Prepare, str]] = {
     "misspelt task key": (
@@ -251,6 +258,25 @@ WRONG_CONFIGS: dict[str, tuple[Prepare, str]] = {
     "run.storage_path of nothing": (
         setting("run.storage_path=''"),
         "run.storage_path must be a directory or a URI, got '' (--set) ... Use . for",
+    ),
+    "a billion laughs": (
+        config(LAUGHS),
+        "bad.yaml, line 5: holds more than 20000 values, aliases counted where they are used ... Write them out",
+    ),
+    "a billion laughs in --set": (
+        setting(
+            "model.hidden=[&a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1], &b [*a, *a, *a, *a, *a, *a, *a, *a, *a, *a], &c"
+            " [*b, *b, *b, *b, *b, *b, *b, *b, *b, *b], &d [*c, *c, *c, *c, *c, *c, *c, *c, *c, *c], *d, *d]"
+        ),
+        "--set model.hidden, line 1: holds more than 20000 values",
+    ),
+    "sections without a bottom": (
+        config("a: " + "{a: " * 40 + "1" + "}" * 40),
+        "bad.yaml: not valid YAML (a section that holds itself, or too many brackets). Check",
+    ),
+    "a book": (
+        config(GOOD + "# blah\n" * 200_000),
+        "bad.yaml: holds 14 ... characters, and a config at most 1048576.",
     ),
     "batch norm without a policy": (
         pool(images(16, 16), config=CONV.replace("  batch_norm: support\n", "")),

@@ -316,7 +316,7 @@ FAILURES: dict[str, tuple[Prepare, str]] = {
     "pool of other content": (of_another_pool, "canonical_gradient"),
     "diverging from the first step": (
         command(*train("--set", "algorithm.inner_lr=1e30")),
-        "step 0, chunk 0, task train/seed=0/step=0/task=0: query loss is inf. Lower algorithm.inner_lr or outer.lr",
+        "step 0, chunk 0, task source Sinusoid, task train/seed=0/step=0/task=0: query loss is inf. Lower",
     ),
     "diverging later": (
         trained_then(
@@ -325,7 +325,7 @@ FAILURES: dict[str, tuple[Prepare, str]] = {
             "training.steps=1",
             then=resume("--set", "outer.lr=1e18", "--set", "outer.optimizer=sgd", "--set", "evaluation.every=1"),
         ),
-        "step 1, chunk 0, task train/seed=0/step=1/task=0: query loss is nan. Lower algorithm.inner_lr or outer.lr",
+        "step 1, chunk 0, task source Sinusoid, task train/seed=0/step=1/task=0: query loss is nan. Lower",
     ),
     "metrics that cannot be written": (
         used_run(remove("metrics.jsonl"), lambda directory: (directory / "metrics.jsonl").mkdir(), then=resume()),

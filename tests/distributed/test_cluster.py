@@ -21,6 +21,8 @@ from metadist import MetaTrainer, load_config
 from metadist.core.episode import EpisodeBatch, EpisodeSpec
 from metadist.core.keys import TaskKey
 from metadist.core.plan import plan_step
+from metadist.distributed.access import lets_anybody_in, refuse_open_head
+from metadist.distributed.doctor import diagnose
 from metadist.distributed.in_process import InProcessExecutor
 from metadist.distributed.placement import check_fits
 from metadist.errors import ClusterError
@@ -105,6 +107,23 @@ def test_room_is_counted_node_by_node() -> None:
 @pytest.mark.ray
 def test_big_arrays_of_a_source_are_shared_by_the_adapters_of_a_node(cluster: Any, tmp_path: Path) -> None:
     assert fit(tmp_path, 1, "shared", 2, task=SharesItsData()).step == 2
+
+
+@pytest.mark.ray
+def test_a_cluster_elsewhere_that_lets_anybody_in_is_refused_unless_told_otherwise(
+    cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Ray gives a cluster the address by which others reach this machine, and this one asks for no token.
+    assert not cluster.address.startswith("127.")
+    monkeypatch.delenv("METADIST_INSECURE", raising=False)
+    with pytest.raises(ClusterError, match=r"asks for no token: .* go on all the same with --insecure"):
+        refuse_open_head(cluster.address)
+    refuse_open_head(f"127.0.0.1:{cluster.address.rpartition(':')[2]}")
+    monkeypatch.setenv("METADIST_INSECURE", "1")
+    refuse_open_head(cluster.address)
+    (finding,) = [finding for finding in diagnose(cluster.address) if finding.name == "Ray authentication"]
+    assert finding.status == "wrong"
+    assert "is open: whoever reaches it can run code there" in finding.found
 
 
 @pytest.mark.ray
@@ -207,6 +226,7 @@ def test_a_cluster_that_asks_for_a_token_refuses_with_what_to_set_and_takes_thos
         try:
             wait_for(lambda: running.poll() is not None or _answers(int(port)))
             assert running.poll() is None, "the head ended"
+            assert not lets_anybody_in(f"127.0.0.1:{port}")
             refused = subprocess.run(train, env=ray_home, capture_output=True, text=True, timeout=WAIT_S)
             assert refused.returncode == 2, refused.stderr
             assert "RAY_AUTH_MODE=token" in refused.stderr
