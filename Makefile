@@ -1,13 +1,15 @@
 # make train   set everything up and meta-train the sinusoid example
 # make test    set everything up and pass the tests
 # make check   lint and types
+# make chaos   the tests in which everything goes wrong at once (some ten minutes)
+# make fuzz    10,000 spoiled configs, pools, run directories and episodes
 # make audit   known vulnerabilities of the pinned versions (needs the network)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test test-on-ray test-without-ray check audit clean
+.PHONY: train test test-on-ray test-without-ray chaos fuzz check audit clean
 
 train: $(INSTALLED)
 	$(BIN)/metadist train configs/sinusoid_maml.yaml
@@ -21,7 +23,13 @@ test-on-ray: $(INSTALLED)
 
 # The compiler takes one core, and leaves the other to the tests beside it.
 test-without-ray: $(INSTALLED)
-	TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -m "not ray"
+	TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -m "not ray and not chaos"
+
+chaos: $(INSTALLED)
+	$(BIN)/python -m pytest -m chaos
+
+fuzz: $(INSTALLED)
+	FUZZ_CASES=10000 $(BIN)/python -m pytest tests/test_fuzz.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

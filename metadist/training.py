@@ -155,14 +155,24 @@ def train(
             if step % checkpoint_every == 0 or step == training.steps:
                 journal.checkpoint(executor.state())
         except LearnerLostError as error:
-            saved = journal.recover(error)
-            executor.replace_learner(saved)
-            step = saved.step if saved else 0
+            step = go_back(executor, journal, error)
     if step < training.steps:
         if state is None or step > state.step:
             journal.checkpoint(executor.state())
         journal.close()
         raise InterruptedRun(f"Interrupted after step {step} of {training.steps}; the checkpoint is written.")
+
+
+def go_back(executor: Executor, journal: Journal, lost: LearnerLostError) -> int:
+    """Has another learner go on from the last checkpoint, and one more where that is lost too; gives its step."""
+    while True:
+        saved = journal.recover(lost)
+        try:
+            executor.replace_learner(saved)
+        except LearnerLostError as again:
+            lost = again
+        else:
+            return saved.step if saved else 0
 
 
 def validate(config: Config, executor: Executor) -> dict[str, float]:

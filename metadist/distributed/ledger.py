@@ -20,6 +20,9 @@ class Ledger:
         self._submitted: dict[Range, list[Hashable]] = {}
         self._done: set[Range] = set()
         self._errors: dict[Range, str] = {}
+        self._errors_before: dict[Range, str] = {}
+        """Of the range that a chunk was in."""
+        self._divided: set[Range] = set()
         self._crashes: dict[Range, int] = {}
         self._total = len(self._open)
         self.chunks_lost = 0
@@ -36,14 +39,18 @@ class Ledger:
         self._submitted[span] = [adapter]
         return span
 
+    def is_out(self, span: Range) -> bool:
+        """Whether an adapter has the range."""
+        return span in self._submitted
+
     def submit_again(self, span: Range, adapter: Hashable) -> None:
         """A range that is late with one adapter is now with `adapter` too."""
         self._submitted.setdefault(span, []).append(adapter)
 
     def done(self, span: Range) -> bool:
-        """Notes a result; False for a duplicate, which is to be dropped."""
+        """Notes a result; False for one that is to be dropped: a duplicate, or one whose chunks are done one by one."""
         self._submitted.pop(span, None)
-        if span in self._done:
+        if span in self._done or span in self._divided:
             return False
         if span in self._open:  # It was given up for lost, and its result came after all.
             self._open.remove(span)
@@ -73,21 +80,31 @@ class Ledger:
         return lost
 
     def failed(self, span: Range, error: Exception) -> None:
-        """Notes that a range raised; the same error twice stops the run, another chance is given once.
+        """Notes that a range raised: each of its chunks gets one more chance, alone, and the same error twice stops.
 
-        The error of a duplicate whose range is done already is dropped with it.
+        The error of a duplicate whose range is done or was divided already is dropped with it.
         """
-        if span in self._done:
+        if span in self._done or span in self._divided:
             return
         message = str(error)
-        if self._errors.get(span) == message:
+        if message in (self._errors.get(span), self._errors_before.get(span)):
             raise error
         if span in self._errors:
             raise AdapterError(
                 f"{self.name}: chunks {span.start} to {span.stop - 1} failed twice: {message}"
             ) from error
-        self._errors[span] = message
-        self._reopen(span)
+        if span.stop - span.start == 1:
+            self._errors[span] = message
+            self._reopen(span)
+            return
+        # Two chunks that raise once each are two accidents, and no range that raises twice.
+        self._divided.add(span)
+        self._submitted.pop(span, None)
+        chunks = [Range(chunk, chunk + 1) for chunk in range(span.start, span.stop)]
+        self._errors_before |= dict.fromkeys(chunks, message)
+        self._open.extendleft(reversed(chunks))
+        self._total += len(chunks) - 1
+        self.chunks_lost += len(chunks)
 
     def _reopen(self, span: Range) -> None:
         self._submitted.pop(span, None)

@@ -100,6 +100,6 @@ class Work:
         return [span for span, since in given if now - since > self.pace.deadline_s(span)]
 
     def _last_given(self) -> dict[Range, float]:
-        """When each range that nobody has answered was given to somebody for the last time."""
-        waiting = [call for call in self.calls.values() if call.answered_elsewhere is None]
+        """When each range that is out was given to somebody for the last time."""
+        waiting = [call for call in self.calls.values() if self.ledger.is_out(call.span)]
         return {call.span: call.since for call in sorted(waiting, key=lambda call: call.since)}

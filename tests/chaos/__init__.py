@@ -1,0 +1,1 @@
+"""Runs that everything goes wrong in: `python -m tests.chaos`."""

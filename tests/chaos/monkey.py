@@ -1,0 +1,206 @@
+"""What goes wrong: faults injected between steps, while adapters are at work on the next one."""
+
+import errno
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from metadist import Callback
+from metadist.core.plan import Range
+from metadist.distributed.ledger import Ledger
+from metadist.distributed.ray_executor import RayExecutor
+from metadist.distributed.work import Slot
+from metadist.run_directory import RunDirectory
+
+STALL_S = 2.0
+BREATH_S = 0.4
+"""Where a fault is due and too few adapters are ready for it: how long the next step is put off."""
+FAILURES_OF_STORAGE = 3
+
+
+class Monkey(Callback):
+    """Injects a schedule's faults, and measures how long it takes until they are made good."""
+
+    def __init__(self, due: deque[tuple[int, str]], cluster: Any, nodes: list[Any], seed: int) -> None:
+        self._due, self._cluster, self._nodes = due, cluster, nodes
+        self._random = random.Random(seed)
+        self._executor: RayExecutor | None = None
+        self._storage_fails = 0
+        self._learner_killed: float | None = None
+        self._lost_slots: dict[Slot, float] = {}
+        self._lost_actors: dict[Any, float] = {}
+        self._waiting: dict[tuple[int, Range], float] = {}
+        self._run_dir = Path()
+        self._last_checkpoint = 0
+        self.injected: Counter[str] = Counter()
+        self.torn: set[int] = set()
+        self.steps_made = 0
+        self.replays: list[int] = []
+        self.recoveries: dict[str, list[float]] = defaultdict(list)
+
+    @property
+    def left(self) -> list[str]:
+        """Faults that there was no occasion for."""
+        return [kind for _, kind in self._due]
+
+    def on_start(self, config: Any, run_dir: str, step: int) -> None:
+        self._run_dir = Path(run_dir)
+
+    def on_checkpoint(self, step: int) -> None:
+        self._last_checkpoint = step
+
+    def on_fault(self, step: int, fault: str, text: str) -> None:
+        if fault == "learner_lost":
+            self.replays.append(self._at - int(text.rpartition("from step ")[2].rstrip(".")))
+
+    def on_step(self, step: int, metrics: dict[str, float], status: Any) -> None:
+        self._at = step
+        self.steps_made += 1
+        if self._learner_killed is not None and len(self.replays) == self.injected["learner killed"]:
+            self.recoveries["a killed learner: the next step is done"].append(time.monotonic() - self._learner_killed)
+            self._learner_killed = None
+        while self._due and self._due[0][0] <= step:
+            if not self._inject(self._due[0][1], step):
+                time.sleep(BREATH_S)
+                return
+            self.injected[self._due.popleft()[1]] += 1
+
+    def _inject(self, kind: str, step: int) -> bool:
+        """False where it is not the moment for this fault."""
+        if kind.startswith("adapter"):
+            return self._hurt_an_adapter(kind)
+        if kind == "node removed":
+            if not self._nodes or self._num_ready() < 2:
+                return False
+            node = self._nodes.pop(0)
+            self._note([slot for slot in self._ready() if slot.node == node.node_id])
+            self._cluster.remove_node(node, allow_graceful=False)
+        elif kind == "node added":
+            self._nodes.append(self._cluster.add_node(num_cpus=1))
+        elif kind == "storage fails":
+            self._storage_fails = FAILURES_OF_STORAGE
+        elif kind == "checkpoint torn":
+            return self._tear(step)
+        else:
+            # One at a time, and none whose last checkpoint is torn: what two losses cost is told apart.
+            if self._learner_killed is not None or self._last_checkpoint in self.torn:
+                return False
+            self._learner_killed = time.monotonic()
+            threading.Timer(self._random.uniform(0, 0.05), self._kill_the_learner).start()
+        return True
+
+    def _hurt_an_adapter(self, kind: str) -> bool:
+        if self._num_ready() < 2:
+            return False
+        slot = self._random.choice(self._ready())
+        pid = _pid(slot.actor)
+        if kind == "adapter stalled":
+            os.kill(pid, signal.SIGSTOP)
+            threading.Timer(STALL_S, lambda: _signal_if_there(pid, signal.SIGCONT)).start()
+            return True
+        self._note([slot])
+        os.kill(pid, signal.SIGKILL if kind == "adapter killed" else signal.SIGSTOP)
+        return True
+
+    def _tear(self, step: int) -> bool:
+        """Cuts off the newest checkpoint that is whole, right after it was written."""
+        saved = self._last_checkpoint
+        manifest = self._run_dir / f"checkpoints/step_{saved:08d}/manifest.json"
+        if saved in self.torn or step - saved > 3 or self._learner_killed is not None or not manifest.exists():
+            return False
+        path = self._random.choice(sorted(manifest.parent.iterdir()))
+        content = path.read_bytes()
+        path.write_bytes(content[: self._random.randrange(len(content))])
+        self.torn.add(saved)
+        return True
+
+    def _kill_the_learner(self) -> None:
+        self._learner_killed = time.monotonic()
+        assert self._executor is not None
+        os.kill(_pid(self._executor._learner), signal.SIGKILL)
+
+    def _ready(self) -> list[Slot]:
+        assert self._executor is not None
+        hurt = self._lost_slots
+        return [slot for slot in self._executor._free() if slot not in hurt]
+
+    def _num_ready(self) -> int:
+        return len(self._ready())
+
+    def _note(self, slots: list[Slot]) -> None:
+        for slot in slots:
+            self._lost_slots[slot] = self._lost_actors[slot.actor] = time.monotonic()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """The run's own classes tell when what was lost is at work again; the storage fails when it is told to."""
+        with pytest.MonkeyPatch.context() as patch:
+            for kind, name in ((Ledger, "lost"), (Ledger, "submit"), (Ledger, "submit_again"), (RayExecutor, "_admit")):
+                after = getattr(self, f"_after_{name.strip('_')}")
+                patch.setattr(kind, name, _watched(getattr(kind, name), after=after))
+            patch.setattr(RayExecutor, "start", _watched(RayExecutor.start, before=self._before_start))
+            patch.setattr(RunDirectory, "_write", _watched(RunDirectory._write, before=self._before_write))
+            yield
+
+    def _before_start(self, executor: RayExecutor, *_: Any) -> None:
+        self._executor = executor
+
+    def _before_write(self, *_: Any) -> None:
+        if self._storage_fails:
+            self._storage_fails -= 1
+            raise OSError(errno.ETIMEDOUT, "Connection timed out")
+
+    def _after_lost(self, lost: list[Range], ledger: Ledger, actor: Any) -> None:
+        for span in lost:
+            if actor in self._lost_actors:
+                self._waiting[id(ledger), span] = self._lost_actors[actor]
+
+    def _after_submit(self, span: Range | None, ledger: Ledger, actor: Any) -> None:
+        if span is not None and (since := self._waiting.pop((id(ledger), span), None)) is not None:
+            self.recoveries["a lost adapter's chunks: another has them"].append(time.monotonic() - since)
+
+    def _after_submit_again(self, result: None, ledger: Ledger, span: Range, actor: Any) -> None:
+        for holder in ledger._submitted[span]:
+            if holder in self._lost_actors:
+                since = self._lost_actors[holder]
+                self.recoveries["a hung adapter's chunks: another has them too"].append(time.monotonic() - since)
+
+    def _after_admit(self, result: None, executor: RayExecutor, slot: Slot) -> None:
+        if slot.starting is None and slot in self._lost_slots:
+            since = self._lost_slots.pop(slot)
+            self.recoveries["a lost adapter: replaced and ready"].append(time.monotonic() - since)
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+def _watched(method: Any, *, before: Any = _nothing, after: Any = _nothing) -> Any:
+    def watched(of: Any, *arguments: Any) -> Any:
+        before(of, *arguments)
+        result = method(of, *arguments)
+        after(result, of, *arguments)
+        return result
+
+    return watched
+
+
+def _pid(actor: Any) -> int:
+    return int(ray._private.state.actors(actor._actor_id.hex())["Pid"])
+
+
+def _signal_if_there(pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return

@@ -1,0 +1,56 @@
+"""The tier of tests in which everything goes wrong at once: `make chaos`, some ten minutes."""
+
+from collections.abc import Iterator
+
+import pytest
+from rich.console import Console
+
+from tests.chaos.actor_manager import ACTORS, ROUNDS, rounds
+from tests.chaos.disturbed_run import CHECKPOINT_EVERY, disturb, three_nodes
+from tests.chaos.resume import killed_and_resumed
+from tests.chaos.schedule import KINDS, schedule
+
+pytestmark = pytest.mark.chaos
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    environment = {
+        "HOME": str(tmp_path_factory.mktemp("home")),
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_worker_niceness": "0",
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return
+
+
+def test_a_schedule_is_drawn_from_its_seed_alone() -> None:
+    assert schedule(3, 300, 68, 10) == schedule(3, 300, 68, 10) != schedule(4, 300, 68, 10)
+    assert {kind for _, kind in schedule(3, 300, 68, 10)} == set(KINDS)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_no_fault_costs_a_bit_and_none_more_than_it_must(seed: int) -> None:
+    report = disturb(300, 68, seed, Console(stderr=True))
+    assert report.equal_bits
+    assert not report.not_injected
+    assert sum(report.injected.values()) >= 60
+    assert report.learners_lost == report.injected["learner killed"]
+    assert report.most_steps_replayed <= CHECKPOINT_EVERY
+    assert (report.torn_loaded, report.torn) == (0, report.injected["checkpoint torn"])
+
+
+def test_forty_of_forty_calls_of_unreliable_actors_give_their_result() -> None:
+    with three_nodes():
+        outcome = rounds(1, Console(stderr=True))
+    assert outcome.good == ACTORS * ROUNDS
+    assert outcome.equal_bits
+    assert outcome.crashed
+    assert outcome.raised
+
+
+def test_a_run_killed_at_fifty_random_moments_goes_on_with_equal_bits_each_time() -> None:
+    outcome = killed_and_resumed(50, seed=1)
+    assert outcome.equal == outcome.killed == 50
