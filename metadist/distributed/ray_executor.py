@@ -172,8 +172,9 @@ class RayExecutor:
         self._ahead = None
         actor = ray.remote(LearnerActor).options(
             num_cpus=LEARNER_CPUS,
-            # Beside the driver, which writes its checkpoints.
-            scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True),
+            # Beside the driver, which writes its checkpoints. Soft, Ray would take any node for an actor without CPUs,
+            # and the learner would be lost with a node that the run can do without.
+            scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
         )
         self._learner = actor.remote()
         self._published = self._learner.prepare.remote(*self._learner_arguments, state)

@@ -78,7 +78,7 @@ class TrainExecutor:
             num_cpus=0,
             # Each rank that waits for its next call keeps one thread busy.
             max_concurrency=2 * self._scaling.worker_limits[1] + THREADS_BESIDE_RANKS,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True),
+            scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
         )
         self._conductor = conductor.remote()
         self._fit = self._conductor.fit.remote(self._arguments, self._scaling, self._max_failures, self._conductor)

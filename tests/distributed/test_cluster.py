@@ -161,6 +161,7 @@ def test_a_node_that_comes_is_used_and_one_that_goes_is_missed_by_nobody(cluster
 def test_an_adapter_leaves_a_node_that_is_about_to_be_taken_away_without_loss(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import ray
     from ray._raylet import GcsClient
 
     from metadist.distributed.ray_executor import RayExecutor
@@ -185,6 +186,9 @@ def test_an_adapter_leaves_a_node_that_is_about_to_be_taken_away_without_loss(
         executor.start(None, None, lambda: False)
         step()
         assert going.node_id in nodes()
+        # The learner stays beside the driver, whose node is the one that the run cannot do without.
+        learner = ray._private.state.actors(executor._learner._actor_id.hex())
+        assert learner["Address"]["NodeID"] == ray.get_runtime_context().get_node_id()
         accepted, reason = GcsClient(address=cluster.address).drain_node(going.node_id, 2, "spot instance", 2**62)
         assert accepted, reason
         coming = cluster.add_node(num_cpus=1)
