@@ -37,9 +37,11 @@ class Monkey(Callback):
         self._executor: RayExecutor | None = None
         self._storage_fails = 0
         self._learner_killed: float | None = None
+        self._learner_comes_back = False
+        self._at = 0
         self._lost_slots: dict[Slot, float] = {}
-        self._lost_actors: dict[Any, float] = {}
-        self._waiting: dict[tuple[int, Range], float] = {}
+        self._lost_actors: dict[Any, tuple[str, float]] = {}
+        self._waiting: dict[tuple[int, Range], tuple[str, float]] = {}
         self._run_dir = Path()
         self._last_checkpoint = 0
         self.injected: Counter[str] = Counter()
@@ -62,18 +64,23 @@ class Monkey(Callback):
     def on_fault(self, step: int, fault: str, text: str) -> None:
         if fault == "learner_lost":
             self.replays.append(self._at - int(text.rpartition("from step ")[2].rstrip(".")))
+            self._learner_comes_back = True
 
     def on_step(self, step: int, metrics: dict[str, float], status: Any) -> None:
         self._at = step
         self.steps_made += 1
-        if self._learner_killed is not None and len(self.replays) == self.injected["learner killed"]:
-            self.recoveries["a killed learner: the next step is done"].append(time.monotonic() - self._learner_killed)
-            self._learner_killed = None
-        while self._due and self._due[0][0] <= step:
-            if not self._inject(self._due[0][1], step):
-                time.sleep(BREATH_S)
-                return
-            self.injected[self._due.popleft()[1]] += 1
+        if self._learner_comes_back and self._learner_killed is not None:
+            self.recoveries["learner killed: the next step is done"].append(time.monotonic() - self._learner_killed)
+            self._learner_killed, self._learner_comes_back = None, False
+        due = [fault for fault in self._due if fault[0] <= step]
+        for fault in due:
+            if self._inject(fault[1], step):
+                self._due.remove(fault)
+                self.injected[fault[1]] += 1
+                due.remove(fault)
+                break
+        if due:
+            time.sleep(BREATH_S)
 
     def _inject(self, kind: str, step: int) -> bool:
         """False where it is not the moment for this fault."""
@@ -83,7 +90,7 @@ class Monkey(Callback):
             if not self._nodes or self._num_ready() < 2:
                 return False
             node = self._nodes.pop(0)
-            self._note([slot for slot in self._ready() if slot.node == node.node_id])
+            self._note(kind, [slot for slot in self._ready() if slot.node == node.node_id])
             self._cluster.remove_node(node, allow_graceful=False)
         elif kind == "node added":
             self._nodes.append(self._cluster.add_node(num_cpus=1))
@@ -108,7 +115,7 @@ class Monkey(Callback):
             os.kill(pid, signal.SIGSTOP)
             threading.Timer(STALL_S, lambda: _signal_if_there(pid, signal.SIGCONT)).start()
             return True
-        self._note([slot])
+        self._note(kind, [slot])
         os.kill(pid, signal.SIGKILL if kind == "adapter killed" else signal.SIGSTOP)
         return True
 
@@ -137,9 +144,10 @@ class Monkey(Callback):
     def _num_ready(self) -> int:
         return len(self._ready())
 
-    def _note(self, slots: list[Slot]) -> None:
+    def _note(self, kind: str, slots: list[Slot]) -> None:
         for slot in slots:
-            self._lost_slots[slot] = self._lost_actors[slot.actor] = time.monotonic()
+            self._lost_slots[slot] = time.monotonic()
+            self._lost_actors[slot.actor] = kind, time.monotonic()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -163,22 +171,24 @@ class Monkey(Callback):
     def _after_lost(self, lost: list[Range], ledger: Ledger, actor: Any) -> None:
         for span in lost:
             if actor in self._lost_actors:
-                self._waiting[id(ledger), span] = self._lost_actors[actor]
+                self._waiting[id(ledger), span] = self._lost_actors.pop(actor)
+
+    def _chunks_are_elsewhere(self, kind: str, since: float) -> None:
+        self.recoveries[f"{kind}: its chunks are with another"].append(time.monotonic() - since)
 
     def _after_submit(self, span: Range | None, ledger: Ledger, actor: Any) -> None:
-        if span is not None and (since := self._waiting.pop((id(ledger), span), None)) is not None:
-            self.recoveries["a lost adapter's chunks: another has them"].append(time.monotonic() - since)
+        if span is not None and (lost := self._waiting.pop((id(ledger), span), None)) is not None:
+            self._chunks_are_elsewhere(*lost)
 
     def _after_submit_again(self, result: None, ledger: Ledger, span: Range, actor: Any) -> None:
         for holder in ledger._submitted[span]:
             if holder in self._lost_actors:
-                since = self._lost_actors[holder]
-                self.recoveries["a hung adapter's chunks: another has them too"].append(time.monotonic() - since)
+                self._chunks_are_elsewhere(*self._lost_actors.pop(holder))
 
     def _after_admit(self, result: None, executor: RayExecutor, slot: Slot) -> None:
         if slot.starting is None and slot in self._lost_slots:
             since = self._lost_slots.pop(slot)
-            self.recoveries["a lost adapter: replaced and ready"].append(time.monotonic() - since)
+            self.recoveries["a lost adapter is replaced and ready"].append(time.monotonic() - since)
 
 
 def _nothing(*_: Any) -> None:
