@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from ray.exceptions import AuthenticationError
@@ -72,10 +73,10 @@ class JobServer:
             self._client = JobSubmissionClient(self.address)
 
     def check_fits(self, config: Config) -> None:
-        """Raises ClusterError where the least number of adapters has no room on the cluster as it is now."""
+        """Raises ClusterError where the least number of adapters has no room, and no node may come."""
         nodes = self._nodes()
         if config.scaling.worker_limits[1]:
-            check_fits(config.scaling, nodes, autoscaling=False)
+            check_fits(config.scaling, nodes, self._may_grow)
 
     def submit(self, entrypoint: list[str], directory: Path, metadata: dict[str, str]) -> Job:
         """Packs `directory` and runs the command there, on the cluster's head."""
@@ -124,12 +125,20 @@ class JobServer:
         return str(details.status.value), int(code), details.message or ""
 
     def _nodes(self) -> list[dict[str, float]]:
+        found = self._get("/api/v0/nodes?detail=1&limit=10000")["result"]["result"]
+        return [dict(node["resources_total"]) for node in found if node["state"] == "ALIVE"]
+
+    def _may_grow(self) -> bool:
+        """Whether nodes may come: the monitor of a cluster without autoscaler reports here, an autoscaler does not."""
+        return self._get("/api/cluster_status")["clusterStatus"] is None
+
+    def _get(self, path: str) -> dict[str, Any]:
         with _told_errors(self.address):
             # Of the client's own, since Ray's list_nodes() cannot be told an address apart from the environment's.
-            response = self._client._do_request("GET", "/api/v0/nodes?detail=1&limit=10000", timeout=CONNECT_TIMEOUT_S)
+            response = self._client._do_request("GET", path, timeout=CONNECT_TIMEOUT_S)
             response.raise_for_status()
-            found = response.json()["data"]["result"]["result"]
-        return [dict(node["resources_total"]) for node in found if node["state"] == "ALIVE"]
+            data: dict[str, Any] = response.json()["data"]
+        return data
 
 
 def _checked_address(address: str | None) -> str:

@@ -204,11 +204,11 @@ NODES = [{"CPU": 2.0, "GPU": 1.0}, {"CPU": 1.5, "memory": 8.0}]
 )
 def test_adapters_that_do_not_fit_the_cluster_are_refused_before_they_start(scaling: dict, message: str) -> None:
     with pytest.raises(ClusterError) as refused:
-        check_fits(ScalingSettings(**scaling), NODES, autoscaling=False)
+        check_fits(ScalingSettings(**scaling), NODES, lambda: False)
     assert_says(str(refused.value), f"scaling.num_workers: ... {message}")
-    check_fits(ScalingSettings(**scaling), NODES, autoscaling=True)
+    check_fits(ScalingSettings(**scaling), NODES, lambda: True)
 
 
 @pytest.mark.parametrize("workers", [3, (3, 64), 0])
 def test_adapters_that_fit_the_cluster_are_not_refused(workers: int | tuple[int, int]) -> None:
-    check_fits(ScalingSettings(num_workers=workers), NODES, autoscaling=False)
+    check_fits(ScalingSettings(num_workers=workers), NODES, lambda: False)

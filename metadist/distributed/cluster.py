@@ -4,9 +4,13 @@ import logging
 import math
 import os
 import socket
+import time
 from collections.abc import Callable
 
 import ray
+from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
+from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError
 from rich.console import Console
 from rich.text import Text
@@ -17,6 +21,8 @@ from metadist.errors import ClusterError, first_line
 from metadist.sections import ScalingSettings
 
 CONNECT_TIMEOUT_S = 10.0
+FIRST_REPORT_S = 20.0
+POLL_S = 0.2
 
 
 def connect(scaling: ScalingSettings, console: Console) -> Callable[[], None]:
@@ -26,7 +32,7 @@ def connect(scaling: ScalingSettings, console: Console) -> Callable[[], None]:
     already connected to is used as it is and stays. Raises ClusterError.
     """
     if ray.is_initialized():
-        check_fits(scaling, _nodes(), _autoscaling())
+        check_fits(scaling, _nodes(), _may_grow)
         return lambda: None
     address = scaling.address or os.environ.get("RAY_ADDRESS")
     try:
@@ -60,7 +66,7 @@ def connect(scaling: ScalingSettings, console: Console) -> Callable[[], None]:
             " check that it is the head's port (usually 6379) and of the same Ray version."
         ) from None
     try:
-        check_fits(scaling, _nodes(), _autoscaling())
+        check_fits(scaling, _nodes(), _may_grow)
     except ClusterError:
         ray.shutdown()
         raise
@@ -99,6 +105,17 @@ def _nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _autoscaling() -> bool:
-    """Whether nodes may come that are not there yet."""
+def _may_grow() -> bool:
+    """Whether nodes may come that are not there yet: an autoscaler reports to the cluster, asked for any or not."""
+    gcs = GcsClient(address=ray.get_runtime_context().gcs_address)
+    began = time.monotonic()
+    # Just after a cluster was started, neither has reported yet.
+    while time.monotonic() - began < FIRST_REPORT_S:
+        status = GetClusterStatusReply.FromString(gcs.get_cluster_status(timeout_s=CONNECT_TIMEOUT_S))
+        if status.autoscaling_state.autoscaler_state_version:
+            return True
+        # Where there is no autoscaler, Ray's older monitor only says how the nodes are.
+        if gcs.internal_kv_get(DEBUG_AUTOSCALING_STATUS.encode(), None, timeout=CONNECT_TIMEOUT_S):
+            return False
+        time.sleep(POLL_S)
     return False

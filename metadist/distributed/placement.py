@@ -1,5 +1,6 @@
 """Where actors go: what each needs, and whether the cluster has it."""
 
+from collections.abc import Callable
 from typing import Any
 
 from metadist.errors import ClusterError
@@ -31,16 +32,17 @@ def adapter_options(scaling: ScalingSettings) -> dict[str, Any]:
     }
 
 
-def check_fits(scaling: ScalingSettings, nodes: list[dict[str, float]], autoscaling: bool) -> None:
-    """Raises ClusterError where the least number of adapters has no room on `nodes` (resources by node)."""
-    if autoscaling:
-        return
+def check_fits(scaling: ScalingSettings, nodes: list[dict[str, float]], may_grow: Callable[[], bool]) -> None:
+    """Raises ClusterError where the least number of adapters has no room on `nodes` (resources by node).
+
+    `may_grow` is asked only then: whether other nodes may come.
+    """
     needed = {name: amount for name, amount in resources_per_adapter(scaling).items() if amount > 0}
     room = 0
     for node in nodes:
         room += min((int(node.get(name, 0) / amount + 1e-9) for name, amount in needed.items()), default=10**6)
     least = scaling.worker_limits[0]
-    if room < least:
+    if room < least and not may_grow():
         has = ", ".join(f"{name} {sum(node.get(name, 0) for node in nodes):g}" for name in needed)
         each = ", ".join(f"{name} {amount:g}" for name, amount in needed.items())
         raise ClusterError(

@@ -35,6 +35,8 @@ class Head:
     """A cluster of three nodes with one CPU each, and a user's project directory beside it."""
 
     address: str
+    """Of its dashboard."""
+    gcs_address: str
     workers: list[subprocess.Popen]
     """The `ray start` of each node other than the head."""
     project: Path
@@ -70,7 +72,8 @@ def head(ray_home: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
     head_port, dashboard, client, *agents = free_ports(6)
     # A short path: Ray's sockets lie there, and their names may have 107 characters.
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as temporary, ExitStack() as running:
-        head = Head(f"http://127.0.0.1:{dashboard}", [], project, environment, Path(temporary))
+        gcs_address = f"127.0.0.1:{head_port}"
+        head = Head(f"http://127.0.0.1:{dashboard}", gcs_address, [], project, environment, Path(temporary))
         env = {name: value for name, value in head.env().items() if name != "RAY_ADDRESS"}
 
         def start(*options: str) -> subprocess.Popen:
@@ -89,7 +92,7 @@ def head(ray_home: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
             wait_for(lambda number=number: first.poll() is not None or nodes_of(head) == number)
             assert first.poll() is None, "the head ended"
             if number < 3:
-                head.workers.append(start(f"--address=127.0.0.1:{head_port}"))
+                head.workers.append(start(f"--address={gcs_address}"))
         yield head
 
 
@@ -165,6 +168,17 @@ def test_without_the_token_it_is_refused_with_what_to_set(head: Head, tmp_path: 
     assert "Set RAY_AUTH_MODE=token, and the token in RAY_AUTH_TOKEN" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_joins_the_cluster_itself_needs_the_token_too(head: Head, tmp_path: Path) -> None:
+    train = [sys.executable, "-m", "metadist", "train", "experiment.yaml", "--workers", "1", "--no-evaluate"]
+    train += ["--set", "training.steps=3", "--run-dir", str(tmp_path / "run"), "--address", head.gcs_address]
+    refused = head.run(*train, token=False)
+    assert refused.returncode == 2, refused.stderr
+    assert "RAY_AUTH_MODE=token" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    taken = head.run(*train)
+    assert taken.returncode == 0, taken.stderr
 
 
 def test_more_adapters_than_the_cluster_holds_are_refused_before_anything_is_sent(head: Head, tmp_path: Path) -> None:
