@@ -218,6 +218,22 @@ def impossible(config: Config) -> list[tuple[str, str]]:
                 " trains in this process with 0.",
             )
         )
+    gpus = scaling.resources_per_worker.get("GPU")
+    if gpus is not None and gpus > 1 and gpus != int(gpus):
+        problems.append(
+            (
+                "scaling.resources_per_worker.GPU",
+                f"must be at most 1 or a whole number, got {gpus:g}. No adapter has parts of two; try {int(gpus)}.",
+            )
+        )
+    if scaling.use_gpu and gpus == 0:
+        problems.append(
+            (
+                "scaling.resources_per_worker.GPU",
+                "must be above 0 with scaling.use_gpu, got 0. Use a fraction for several adapters a GPU, or leave it"
+                " out for one.",
+            )
+        )
     for key, value, default in (
         ("reduce", scaling.reduce, "exact"),
         ("shard_optimizer", scaling.shard_optimizer, False),

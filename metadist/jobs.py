@@ -23,7 +23,7 @@ from requests.exceptions import RequestException
 
 from metadist.config import Config
 from metadist.distributed.access import refuse_open_dashboard
-from metadist.distributed.placement import check_fits
+from metadist.distributed.placement import Node, check_fits
 from metadist.errors import ClusterError, UserError, first_line
 
 CONNECT_TIMEOUT_S = 10.0
@@ -124,9 +124,9 @@ class JobServer:
             code = 1
         return str(details.status.value), int(code), details.message or ""
 
-    def _nodes(self) -> list[dict[str, float]]:
+    def _nodes(self) -> list[Node]:
         found = self._get("/api/v0/nodes?detail=1&limit=10000")["result"]["result"]
-        return [dict(node["resources_total"]) for node in found if node["state"] == "ALIVE"]
+        return [Node(node["resources_total"], node["labels"] or {}) for node in found if node["state"] == "ALIVE"]
 
     def _may_grow(self) -> bool:
         """Whether nodes may come: the monitor of a cluster without autoscaler reports here, an autoscaler does not."""

@@ -10,6 +10,7 @@ from metadist.core.settings import settings
 
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
+Label = Annotated[str, Field(pattern=r"^!?([\w.-]*|in\([\w.-]+(, ?[\w.-]+)*\))$")]
 Split = Literal["train", "val", "test"]
 
 
@@ -77,7 +78,9 @@ class ScalingSettings:
     """Of backend `train`: each rank keeps the optimizer's state of its share of theta (ZeRO-1). Changes no bit."""
     resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] = field(default_factory=lambda: {"CPU": 1.0})
     use_gpu: bool = False
-    """One GPU an adapter, unless resources_per_worker says otherwise."""
+    """One GPU an adapter, unless resources_per_worker says otherwise: `{CPU: 1, GPU: 0.25}` for four a GPU."""
+    label_selector: dict[str, Label] = field(default_factory=dict)
+    """Labels of the nodes for adapters, each with Ray's rule for it: `a`, `!a`, `in(a,b)` or `!in(a,b)`."""
     placement_strategy: Literal["PACK", "SPREAD"] = "PACK"
     threads_per_worker: Count = 1
     """torch's threads in every process that computes, with Ray or without: the bits depend on it."""

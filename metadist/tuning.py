@@ -92,6 +92,11 @@ def tune(
             "scaling.backend must be actors in a sweep, got train: a trial's placement group does not hold the ranks of"
             " Ray Train. Put `scaling.backend: actors` under overrides."
         )
+    if scaling.label_selector:
+        raise ConfigError(
+            f"scaling.label_selector is not for sweeps, got {scaling.label_selector}: a trial's placement group chooses"
+            " the nodes. Put `scaling.label_selector: {}` under overrides, and give nodes a resource of their own."
+        )
     if sweep.objective.metric == "accuracy" and open_task(config.task).spec.kind == "regression":
         raise ConfigError("objective.metric must be loss for a regression task, got accuracy. Write metric: loss.")
     disconnect = connect(ScalingSettings(num_workers=0, address=address or scaling.address), console)

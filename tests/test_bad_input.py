@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from metadist.distributed.placement import check_fits
+from metadist.distributed.placement import Node, check_fits
 from metadist.errors import ClusterError
 from metadist.sections import ScalingSettings
 from tests.bad_input.builders import (
@@ -186,7 +186,10 @@ def test_a_validation_that_diverges_is_told_and_does_not_stop_training(place: Pl
     assert json.loads(run(evaluate("--json")).stdout)["loss"] == {"mean": None, "ci95": None}
 
 
-NODES = [{"CPU": 2.0, "GPU": 1.0}, {"CPU": 1.5, "memory": 8.0}]
+NODES = [
+    Node({"CPU": 2.0, "GPU": 1.0}, {"zone": "a"}),
+    Node({"CPU": 1.5, "memory": 8.0}),
+]
 
 
 @pytest.mark.parametrize(
@@ -200,6 +203,16 @@ NODES = [{"CPU": 2.0, "GPU": 1.0}, {"CPU": 1.5, "memory": 8.0}]
         ({"num_workers": (2, 9), "use_gpu": True}, "2 adapters of CPU 1, GPU 1 each ... GPU 1 on 2 nodes: room for 1."),
         ({"num_workers": 1, "resources_per_worker": {"CPU": 3}}, "has CPU 3.5 on 2 nodes: room for 0."),
         ({"num_workers": 1, "resources_per_worker": {"TPU": 1}}, "adapters of TPU 1 each ... has TPU 0 on 2 nodes"),
+        ({"num_workers": 3, "label_selector": {"zone": "a"}}, "has CPU 2 on 1 node of 2 with zone: a: room for 2."),
+        ({"num_workers": 2, "label_selector": {"zone": "!a"}}, "has CPU 1.5 on 1 node of 2 with zone: !a: room for 1."),
+        (
+            {"num_workers": 1, "label_selector": {"zone": "in(b, c)"}},
+            "on 0 nodes of 2 with zone: in(b, c): room for 0.",
+        ),
+        (
+            {"num_workers": 4, "resources_per_worker": {"GPU": 0.3}},
+            "GPU 0.3 each ... has GPU 1 on 2 nodes: room for 3.",
+        ),
     ],
 )
 def test_adapters_that_do_not_fit_the_cluster_are_refused_before_they_start(scaling: dict, message: str) -> None:

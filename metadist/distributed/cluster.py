@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from metadist.distributed.access import make_token, refuse_open_head
-from metadist.distributed.placement import check_fits, resources_per_adapter
+from metadist.distributed.placement import Node, check_fits, resources_per_adapter
 from metadist.errors import ClusterError, first_line
 from metadist.sections import ScalingSettings
 
@@ -101,8 +101,8 @@ def _local_cpus(scaling: ScalingSettings, console: Console) -> int:
     return max(cores, needed)
 
 
-def _nodes() -> list[dict[str, float]]:
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+def _nodes() -> list[Node]:
+    return [Node(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
 
 
 def _may_grow() -> bool:

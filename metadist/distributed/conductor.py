@@ -58,6 +58,7 @@ class Conductor:
                     num_workers=scaling.num_workers,  # type: ignore[arg-type]
                     use_gpu=scaling.use_gpu,
                     resources_per_worker=resources_per_adapter(scaling),
+                    label_selector=scaling.label_selector or None,  # type: ignore[call-arg]
                     placement_strategy=scaling.placement_strategy,
                 ),
                 run_config=RunConfig(

@@ -1,13 +1,23 @@
 """Where actors go: what each needs, and whether the cluster has it."""
 
-from collections.abc import Callable
-from typing import Any
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from metadist.errors import ClusterError
 from metadist.sections import ScalingSettings
 
 LEARNER_CPUS = 0
 """The learner steps while the adapters wait, so it takes no CPU of its own from them."""
+
+ROUNDING = 1e-9
+
+
+class Node(NamedTuple):
+    """A node of a cluster: what it has by Ray's resource names, and its labels."""
+
+    resources: Mapping[str, float]
+    labels: Mapping[str, str] = {}
 
 
 def resources_per_adapter(scaling: ScalingSettings) -> dict[str, float]:
@@ -25,6 +35,7 @@ def adapter_options(scaling: ScalingSettings) -> dict[str, Any]:
         "num_cpus": resources.pop("CPU", 0),
         "num_gpus": resources.pop("GPU", 0),
         "resources": resources,
+        "label_selector": scaling.label_selector or None,
         "max_restarts": 0,
         "max_task_retries": 0,
         # None, and not "DEFAULT": an actor started within a placement group (a trial of Tune) then stays in it.
@@ -32,21 +43,44 @@ def adapter_options(scaling: ScalingSettings) -> dict[str, Any]:
     }
 
 
-def check_fits(scaling: ScalingSettings, nodes: list[dict[str, float]], may_grow: Callable[[], bool]) -> None:
-    """Raises ClusterError where the least number of adapters has no room on `nodes` (resources by node).
+def check_fits(scaling: ScalingSettings, nodes: list[Node], may_grow: Callable[[], bool]) -> None:
+    """Raises ClusterError where the least number of adapters has no room on the nodes whose labels are asked for.
 
     `may_grow` is asked only then: whether other nodes may come.
     """
     needed = {name: amount for name, amount in resources_per_adapter(scaling).items() if amount > 0}
-    room = 0
-    for node in nodes:
-        room += min((int(node.get(name, 0) / amount + 1e-9) for name, amount in needed.items()), default=10**6)
+    selector = scaling.label_selector
+    eligible = [node for node in nodes if all(matches(node.labels.get(key), rule) for key, rule in selector.items())]
+    room = sum(_room(node, needed) for node in eligible)
     least = scaling.worker_limits[0]
     if room < least and not may_grow():
-        has = ", ".join(f"{name} {sum(node.get(name, 0) for node in nodes):g}" for name in needed)
+        has = ", ".join(f"{name} {sum(node.resources.get(name, 0) for node in eligible):g}" for name in needed)
         each = ", ".join(f"{name} {amount:g}" for name, amount in needed.items())
+        where = f"{len(eligible)} node{'s' if len(eligible) != 1 else ''}"
+        if selector:
+            where += f" of {len(nodes)} with {', '.join(f'{key}: {rule}' for key, rule in selector.items())}"
         raise ClusterError(
             f"scaling.num_workers: {least} adapters of {each} each do not fit the cluster, which has {has} on"
-            f" {len(nodes)} node{'s' if len(nodes) != 1 else ''}: room for {room}."
-            f" {f'Lower --workers to {room}, or add' if room else 'Add'} nodes."
+            f" {where}: room for {room}. {f'Lower --workers to {room}, or add' if room else 'Add'} nodes."
         )
+
+
+def _room(node: Node, needed: dict[str, float]) -> int:
+    """How many adapters a node holds."""
+    return min((_times(amount, node.resources.get(name, 0), name) for name, amount in needed.items()), default=10**6)
+
+
+def _times(amount: float, there: float, resource: str) -> int:
+    """How many times an amount is there. Adapters share a GPU, but none has parts of two."""
+    if resource == "GPU" and amount < 1:
+        return int(there + ROUNDING) * int(1 / amount + ROUNDING)
+    return int(there / amount + ROUNDING)
+
+
+def matches(label: str | None, rule: str) -> bool:
+    """Whether a node's label (None: it has none) follows a rule of Ray's: `a`, `!a`, `in(a,b)` or `!in(a,b)`."""
+    found = re.fullmatch(r"(!?)(?:in\((.*)\)|(.*))", rule)
+    assert found, "every text is a rule"
+    negated, several, one = found.groups()
+    named = [one] if several is None else [value.strip() for value in several.split(",")]
+    return (label in named) != bool(negated)

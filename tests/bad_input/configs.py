@@ -251,6 +251,18 @@ WRONG_CONFIGS: dict[str, tuple[Prepare, str]] = {
         setting("scaling.shard_optimizer=true"),
         "scaling.shard_optimizer is for scaling.backend: train, got True with actors (--set). Leave it out.",
     ),
+    "parts of two GPUs": (
+        setting("scaling.resources_per_worker={GPU: 1.5}"),
+        "scaling.resources_per_worker.GPU must be at most 1 or a whole number, got 1.5 (--set) ... try 1.",
+    ),
+    "a GPU's code without a GPU": (
+        setting("scaling.use_gpu=true", "scaling.resources_per_worker={CPU: 1, GPU: 0}"),
+        "scaling.resources_per_worker.GPU must be above 0 with scaling.use_gpu, got 0 (--set) ... a fraction",
+    ),
+    "a label's rule that Ray does not know": (
+        setting("scaling.label_selector={zone: a || b}"),
+        "scaling.label_selector.zone ... got 'a || b' (--set)",
+    ),
     "run.name with a slash": (
         edited("name: x", "name: a/b"),
         "run.name must be the name of one directory, got 'a/b' (bad.yaml, line 22) ... Use run.storage_path for paths.",

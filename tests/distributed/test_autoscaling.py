@@ -17,7 +17,7 @@ import pytest
 
 from metadist import Callback, MetaTrainer, ScalingSettings
 from metadist.callbacks import Status
-from metadist.distributed.placement import check_fits
+from metadist.distributed.placement import Node, check_fits
 from metadist.errors import ClusterError, InterruptedRun
 from metadist.jobs import JobServer
 from tests.distributed.faulty import processes_named
@@ -168,4 +168,4 @@ def test_a_submission_is_not_refused_for_want_of_nodes_that_may_come(growing: Gr
     config = dataclasses.replace(sinusoid(tmp_path), scaling=ScalingSettings(num_workers=3))
     JobServer(growing.dashboard).check_fits(config)
     with pytest.raises(ClusterError, match="room for 0"):
-        check_fits(config.scaling, [{"CPU": 0.0}], lambda: False)
+        check_fits(config.scaling, [Node({"CPU": 0.0})], lambda: False)

@@ -20,7 +20,7 @@ from metadist.core.plan import plan_step
 from metadist.distributed.access import refuse_open_head
 from metadist.distributed.doctor import diagnose
 from metadist.distributed.in_process import InProcessExecutor
-from metadist.distributed.placement import check_fits
+from metadist.distributed.placement import Node, check_fits, matches
 from metadist.errors import ClusterError
 from metadist.experiment import make_experiment
 from metadist.sections import ScalingSettings
@@ -49,6 +49,25 @@ class SharesItsData:
         return Sinusoid().sample(keys)
 
 
+@dataclass(frozen=True)
+class OnlyWhere:
+    """Sinusoids; an adapter refuses to sample on a node whose label `accelerator` is another."""
+
+    label: str
+    driver: int = field(default_factory=os.getpid)
+
+    @property
+    def spec(self) -> EpisodeSpec:
+        return Sinusoid().spec
+
+    def sample(self, keys: Sequence[TaskKey]) -> EpisodeBatch:
+        import ray
+
+        if os.getpid() != self.driver and ray.get_runtime_context().get_node_labels().get("accelerator") != self.label:
+            raise AssertionError("this adapter is on another node")
+        return Sinusoid().sample(keys)
+
+
 @pytest.fixture(scope="module")
 def cluster(ray_home: dict[str, str]) -> Iterator[Any]:
     """A cluster whose head has one CPU."""
@@ -62,11 +81,11 @@ def cluster(ray_home: dict[str, str]) -> Iterator[Any]:
     started.shutdown()
 
 
-def fit(tmp_path: Path, workers: int | tuple[int, int], name: str, steps: int, **replaced: Any) -> Result:
+def fit(tmp_path: Path, workers: int | ScalingSettings, name: str, steps: int, **replaced: Any) -> Result:
     config = load_config(CONFIG, [f"training.steps={steps}", "evaluation.episodes=10"])
     return MetaTrainer(
         dataclasses.replace(config, **replaced),
-        scaling_config=ScalingSettings(num_workers=workers),
+        scaling_config=workers if isinstance(workers, ScalingSettings) else ScalingSettings(num_workers=workers),
         run_config=dataclasses.replace(config.run, name=name, storage_path=str(tmp_path)),
     ).fit(evaluate=False)
 
@@ -91,13 +110,51 @@ def test_a_cluster_with_too_few_cpus_is_refused_with_the_arithmetic(cluster: Any
 def test_room_is_counted_node_by_node() -> None:
     # Two nodes with 3 CPUs each hold 2 adapters of 2 CPUs, not 6 // 2 = 3.
     scaling = ScalingSettings(num_workers=3, resources_per_worker={"CPU": 2.0})
-    nodes = [{"CPU": 3.0}, {"CPU": 3.0}]
+    nodes = [Node({"CPU": 3.0}), Node({"CPU": 3.0})]
     with pytest.raises(ClusterError, match="room for 2"):
         check_fits(scaling, nodes, lambda: False)
-    check_fits(scaling, [*nodes, {"CPU": 2.0}], lambda: False)
+    check_fits(scaling, [*nodes, Node({"CPU": 2.0})], lambda: False)
     check_fits(scaling, nodes, lambda: True)
+    # Adapters of 0.6 GPUs: one on each of two GPUs, not 2 / 0.6 = 3.
+    scaling = ScalingSettings(num_workers=3, resources_per_worker={"GPU": 0.6})
+    with pytest.raises(ClusterError, match="room for 2"):
+        check_fits(scaling, [Node({"GPU": 2.0})], lambda: False)
     with pytest.raises(ClusterError, match="GPU 1 each"):
         check_fits(ScalingSettings(num_workers=1, use_gpu=True), nodes, lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("rule", "fitting"),
+    [
+        ("a", ["a"]),
+        ("!a", ["b", "c", None]),
+        ("in(a,b)", ["a", "b"]),
+        ("in(a, b)", ["a", "b"]),
+        ("!in(a,b)", ["c", None]),
+    ],
+)
+def test_a_rule_for_labels_means_what_it_means_to_ray(rule: str, fitting: list[str | None]) -> None:
+    assert [label for label in ("a", "b", "c", None) if matches(label, rule)] == fitting
+
+
+@pytest.mark.ray
+def test_adapters_share_the_gpu_of_the_node_whose_labels_are_asked_for(cluster: Any, tmp_path: Path) -> None:
+    import ray
+
+    # The GPU is one in name only, so the run computes on CPUs; the head has room for one adapter, and another label.
+    scaling = ScalingSettings(
+        num_workers=2, resources_per_worker={"CPU": 0.5, "GPU": 0.5}, label_selector={"accelerator": "in(x, y)"}
+    )
+    node = cluster.add_node(num_cpus=1, num_gpus=1, labels={"accelerator": "x"})
+    try:
+        assert fit(tmp_path, scaling, "labelled", 2, task=OnlyWhere(label="x")).step == 2
+        unlabelled = dataclasses.replace(scaling, label_selector={"accelerator": "z"})
+        with pytest.raises(ClusterError, match=r"has CPU 0, GPU 0 on 0 nodes of 2 with accelerator: z: room for 0\."):
+            fit(tmp_path, unlabelled, "refused", 2)
+    finally:
+        cluster.remove_node(node)
+    # The next run must not be given a place there.
+    wait_for(lambda: sum(found["Alive"] for found in ray.nodes()) == 1)
 
 
 @pytest.mark.ray
