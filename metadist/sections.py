@@ -128,3 +128,5 @@ class RunSettings:
     checkpoint_config: CheckpointSettings = field(default_factory=CheckpointSettings)
     log_every: Count = 10
     """Steps between lines of metrics.jsonl."""
+    trackers: tuple[Literal["mlflow", "wandb"], ...] = ()
+    """Experiment trackers to tell too; see `metadist/trackers/`."""

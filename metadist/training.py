@@ -32,6 +32,7 @@ from metadist.run_directory import SPEC_FILE, RunDirectory
 from metadist.scores import Evaluation, mean_and_interval
 from metadist.sections import RunSettings, ScalingSettings
 from metadist.tasks.remembered import remembered
+from metadist.trackers import make_trackers
 
 VALIDATION_SEED = 1
 """Validation episodes while training are other than those of `metadist evaluate --split val`, whose seed is 0."""
@@ -105,13 +106,14 @@ class MetaTrainer:
             stack.callback(directory.close)
             state, expected = open_run(directory, config, experiment, self._resume, self._allow_numeric_drift, console)
             directory.write_json(SPEC_FILE, remembered(experiment.source))
+            trackers = make_trackers(config.run.trackers, directory)
             executor = make_executor(config, experiment, console)
             stack.callback(executor.close)
             # After Ray has started: it puts a SIGTERM handler of its own in place.
             stop = stack.enter_context(interruptible(console))
             fingerprint = executor.start(state, expected, stop)
             directory.write_json("fingerprint.json", fingerprint)
-            callbacks = [lease, *executor.callbacks, *self._callbacks]
+            callbacks = [lease, *executor.callbacks, *trackers, *self._callbacks]
             journal = stack.enter_context(Journal(config, experiment, directory, console, state, callbacks))
             train(config, executor, journal, state, stop)
             draw_training(directory.local)

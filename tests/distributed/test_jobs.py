@@ -32,7 +32,7 @@ pytestmark = pytest.mark.ray
 
 @dataclass(frozen=True)
 class Head:
-    """A cluster of three nodes with one CPU each, and a user's project directory beside it."""
+    """A cluster of a head without CPUs and two nodes with one each, and a user's project directory beside it."""
 
     address: str
     """Of its dashboard."""
@@ -78,7 +78,7 @@ def head(ray_home: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
 
         def start(*options: str) -> subprocess.Popen:
             # With --block, so that ending this one process ends this node and no other Ray of the machine.
-            command = [str(BIN / "ray"), "start", "--block", "--num-cpus=1", "--disable-usage-stats", *options]
+            command = [str(BIN / "ray"), "start", "--block", "--disable-usage-stats", *options]
             command.append(f"--dashboard-agent-listen-port={agents.pop()}")
             node = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             running.enter_context(node)
@@ -86,13 +86,13 @@ def head(ray_home: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
             return node
 
         ports = [f"--port={head_port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
-        first = start("--head", f"--temp-dir={temporary}", *ports)
+        first = start("--head", "--num-cpus=0", f"--temp-dir={temporary}", *ports)
         # One after another: nodes that start on one machine at once would choose the same ports.
         for number in (1, 2, 3):
             wait_for(lambda number=number: first.poll() is not None or nodes_of(head) == number)
             assert first.poll() is None, "the head ended"
             if number < 3:
-                head.workers.append(start(f"--address={gcs_address}"))
+                head.workers.append(start("--num-cpus=1", f"--address={gcs_address}"))
         yield head
 
 
@@ -185,7 +185,7 @@ def test_more_adapters_than_the_cluster_holds_are_refused_before_anything_is_sen
     before = job_details(head)
     done = head.run(*head.submit("--run-dir", str(tmp_path / "run"), "--workers", "9"))
     assert done.returncode == 2, done.stderr
-    assert "9 adapters of CPU 1 each do not fit the cluster, which has CPU 3 on 3 nodes: room for 3" in done.stderr
+    assert "9 adapters of CPU 1 each do not fit the cluster, which has CPU 2 on 3 nodes: room for 2" in done.stderr
     assert job_details(head) == before
 
 
@@ -222,7 +222,7 @@ def test_ctrl_c_leaves_the_job_running_and_the_printed_commands_attach_and_stop(
 def test_a_node_that_is_killed_in_mid_run_costs_no_bit(head: Head, tmp_path: Path) -> None:
     """Submitted with `ray job submit`. The last test here, since the cluster is smaller after it."""
     run_dir, more = tmp_path / "run", ["training.steps=100", "run.checkpoint_config.checkpoint_frequency=10"]
-    train = ["python", "-m", "metadist", "train", "experiment.yaml", "--workers", "2:3", "--run-dir", str(run_dir)]
+    train = ["python", "-m", "metadist", "train", "experiment.yaml", "--workers", "1:2", "--run-dir", str(run_dir)]
     train += [part for assignment in [*SETS, *more] for part in ("--set", assignment)]
     process = subprocess.Popen(
         [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--", *train],
