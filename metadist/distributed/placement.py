@@ -4,6 +4,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
 from metadist.errors import ClusterError
 from metadist.sections import ScalingSettings
 
@@ -41,6 +44,14 @@ def adapter_options(scaling: ScalingSettings) -> dict[str, Any]:
         # None, and not "DEFAULT": an actor started within a placement group (a trial of Tune) then stays in it.
         "scheduling_strategy": "SPREAD" if scaling.placement_strategy == "SPREAD" else None,
     }
+
+
+def beside_the_driver() -> NodeAffinitySchedulingStrategy:
+    """Where the learner goes, whose checkpoints the driver writes: its node, which is not one that may be reclaimed.
+
+    A soft affinity would not do: Ray then places actors that reserve no CPU on any node.
+    """
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def check_fits(scaling: ScalingSettings, nodes: list[Node], may_grow: Callable[[], bool]) -> None:

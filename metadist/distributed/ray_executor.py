@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError, WorkerCrashedError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from metadist.callbacks import Callback
 from metadist.core.bad_episode import BadEpisode
@@ -23,7 +22,7 @@ from metadist.distributed.fingerprint import refuse_other
 from metadist.distributed.learner import LearnerState
 from metadist.distributed.ledger import Ledger
 from metadist.distributed.pace import Pace
-from metadist.distributed.placement import LEARNER_CPUS, adapter_options
+from metadist.distributed.placement import LEARNER_CPUS, adapter_options, beside_the_driver
 from metadist.distributed.ray_metrics import RayMetrics
 from metadist.distributed.seconds import Seconds
 from metadist.distributed.work import Call, Slot, Work
@@ -172,9 +171,7 @@ class RayExecutor:
         self._ahead = None
         actor = ray.remote(LearnerActor).options(
             num_cpus=LEARNER_CPUS,
-            # Beside the driver, which writes its checkpoints. Soft, Ray would take any node for an actor without CPUs,
-            # and the learner would be lost with a node that the run can do without.
-            scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
+            scheduling_strategy=beside_the_driver(),
         )
         self._learner = actor.remote()
         self._published = self._learner.prepare.remote(*self._learner_arguments, state)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import ray
 from ray.exceptions import RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from metadist.callbacks import Callback
 from metadist.core.bad_episode import BadEpisode
@@ -25,6 +24,7 @@ from metadist.distributed.conductor import THREADS_BESIDE_RANKS, Conductor
 from metadist.distributed.executor import Counters
 from metadist.distributed.fingerprint import refuse_other
 from metadist.distributed.learner import LearnerState
+from metadist.distributed.placement import beside_the_driver
 from metadist.distributed.rank import RankArguments
 from metadist.distributed.ray_metrics import RayMetrics
 from metadist.distributed.receipt import Receipt
@@ -78,7 +78,7 @@ class TrainExecutor:
             num_cpus=0,
             # Each rank that waits for its next call keeps one thread busy.
             max_concurrency=2 * self._scaling.worker_limits[1] + THREADS_BESIDE_RANKS,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
+            scheduling_strategy=beside_the_driver(),
         )
         self._conductor = conductor.remote()
         self._fit = self._conductor.fit.remote(self._arguments, self._scaling, self._max_failures, self._conductor)

@@ -20,7 +20,7 @@ from metadist.core.plan import plan_step
 from metadist.distributed.access import refuse_open_head
 from metadist.distributed.doctor import diagnose
 from metadist.distributed.in_process import InProcessExecutor
-from metadist.distributed.placement import Node, check_fits, matches
+from metadist.distributed.placement import Node, beside_the_driver, check_fits, matches
 from metadist.errors import ClusterError
 from metadist.experiment import make_experiment
 from metadist.sections import ScalingSettings
@@ -74,6 +74,7 @@ def cluster(ray_home: dict[str, str]) -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
+    ray.shutdown()
     started = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     ray.init(address=started.address, log_to_driver=False)
     yield started
@@ -154,6 +155,22 @@ def test_adapters_share_the_gpu_of_the_node_whose_labels_are_asked_for(cluster: 
     finally:
         cluster.remove_node(node)
     # The next run must not be given a place there.
+    wait_for(lambda: sum(found["Alive"] for found in ray.nodes()) == 1)
+
+
+@pytest.mark.ray
+def test_what_goes_beside_the_driver_goes_to_no_other_node(cluster: Any) -> None:
+    import ray
+
+    class Where:
+        def node(self) -> str:
+            return ray.get_runtime_context().get_node_id()
+
+    node = cluster.add_node(num_cpus=1)
+    placed = ray.remote(Where).options(num_cpus=0, scheduling_strategy=beside_the_driver())
+    actors = [placed.remote() for _ in range(6)]
+    assert set(ray.get([actor.node.remote() for actor in actors])) == {ray.get_runtime_context().get_node_id()}
+    cluster.remove_node(node)
     wait_for(lambda: sum(found["Alive"] for found in ray.nodes()) == 1)
 
 
