@@ -1,6 +1,7 @@
 """Ray on this machine, for the tests that need it."""
 
 import os
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -18,15 +19,34 @@ def ray_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
         patch.setenv(name, value)
     patch.delenv("RAY_ADDRESS", raising=False)
     yield os.environ | values
+    import ray
+
+    ray.shutdown()
     patch.undo()
 
 
+@pytest.fixture(scope="session")
+def metrics_port() -> int:
+    """Where the local Ray exports metrics."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    return port
+
+
 @pytest.fixture(scope="module")
-def local_ray(ray_home: dict[str, str]) -> Iterator[None]:
-    """One local Ray for a module's tests; `MetaTrainer` joins what is there."""
+def local_ray(ray_home: dict[str, str], metrics_port: int) -> None:
+    """One local Ray, which stays for the modules after this one; `MetaTrainer` joins what is there.
+
+    A fixture that needs another Ray ends this one with `ray.shutdown()`.
+    """
     import ray
 
-    # Left out, the address would be that of a cluster that somebody else runs on this machine.
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+    if not ray.is_initialized():
+        # Left out, the address would be that of a cluster that somebody else runs on this machine.
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            _metrics_export_port=metrics_port,
+        )

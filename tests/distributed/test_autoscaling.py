@@ -98,6 +98,7 @@ def growing(ray_home: dict[str, str]) -> Iterator[Growing]:
         try:
             wait_for(lambda: head.poll() is not None or answers(f"http://127.0.0.1:{dashboard}"))
             assert head.poll() is None, "the head ended"
+            ray.shutdown()
             ray.init(address=address, log_to_driver=False)
             yield Growing(address, f"http://127.0.0.1:{dashboard}")
             ray.shutdown()

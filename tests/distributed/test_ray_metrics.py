@@ -2,10 +2,8 @@
 
 import json
 import re
-import socket
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,19 +15,6 @@ from tests.distributed.test_same_bits import sinusoid
 
 DASHBOARD = Path(__file__).parents[2] / "cluster/grafana_dashboard.json"
 WAIT_S = 120
-
-
-@pytest.fixture
-def exported(ray_home: dict[str, str]) -> Iterator[int]:
-    """The port at which a Ray of this test's own exports metrics."""
-    import ray
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _metrics_export_port=port)
-    yield port
-    ray.shutdown()
 
 
 def scraped(port: int, run: str) -> dict[str, float]:
@@ -47,10 +32,10 @@ def scraped(port: int, run: str) -> dict[str, float]:
 
 
 @pytest.mark.ray
-def test_prometheus_is_told_what_the_run_did(exported: int, tmp_path: Path) -> None:
+def test_prometheus_is_told_what_the_run_did(local_ray: None, metrics_port: int, tmp_path: Path) -> None:
     result = MetaTrainer(sinusoid(tmp_path), scaling_config=ScalingSettings(num_workers=1)).fit(evaluate=False)
     run, deadline = Path(result.run_dir).name, time.monotonic() + WAIT_S
-    while (values := scraped(exported, run)).get("metadist_steps_total") != 12:
+    while (values := scraped(metrics_port, run)).get("metadist_steps_total") != 12:
         assert time.monotonic() < deadline, f"only {values} after {WAIT_S} s"
         time.sleep(0.2)
     assert values["metadist_tasks_total"] == 12 * 25

@@ -74,6 +74,7 @@ def test_adapters_stay_in_the_placement_group_that_they_are_started_in() -> None
 def two_cpus(ray_home: dict[str, str]) -> Iterator[None]:
     import ray
 
+    ray.shutdown()
     # "local": left out, Ray would join whatever cluster was last started on this machine.
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
