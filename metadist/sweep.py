@@ -74,6 +74,16 @@ class SearcherSettings:
 
 
 @settings
+class FinalSettings:
+    """Section `final`: the best settings and the base config are trained anew, and scored once on test tasks."""
+
+    candidates: CountOrZero = 0
+    """How many of the best settings; 0 for none."""
+    seeds: Count = 3
+    """Trainings of each, none of them with the seed that the trials had."""
+
+
+@settings
 class PlaceSettings:
     """Section `run`: the sweep directory is `storage_path/name`."""
 
@@ -87,6 +97,7 @@ _SECTIONS: dict[str, type] = {
     "budget": BudgetSettings,
     "scheduler": SchedulerSettings,
     "searcher": SearcherSettings,
+    "final": FinalSettings,
     "run": PlaceSettings,
 }
 _KEYS = ["base", "overrides", "space", *_SECTIONS]
@@ -102,6 +113,7 @@ class Sweep:
     budget: BudgetSettings
     scheduler: SchedulerSettings
     searcher: SearcherSettings
+    final: FinalSettings
     run: PlaceSettings
     first_points: tuple[Point, ...] = ()
     """Tried before any other: the best ones of earlier sweeps."""

@@ -96,12 +96,15 @@ class SweepDirectory:
             rows.append(row | {"error": read_failure(directory)} | point)
         return rows
 
-    def best(self) -> dict[str, Any] | None:
-        """The row with the best last validation among trials that did not fail."""
+    def ranked(self) -> list[dict[str, Any]]:
+        """Rows of trials that were validated and did not fail, the best last validation first."""
         metric, mode = self._sweep.objective.metric, self._sweep.objective.mode
         scored = [row for row in self.rows() if row["outcome"] != "failed" and row[metric] is not None]
-        sign = 1 if mode == "max" else -1
-        return max(scored, key=lambda row: sign * row[metric], default=None)
+        return sorted(scored, key=lambda row: row[metric], reverse=mode == "max")
+
+    def best(self) -> dict[str, Any] | None:
+        """The row with the best last validation among trials that did not fail."""
+        return next(iter(self.ranked()), None)
 
     def write_results(self) -> None:
         """results.parquet, and best.yaml where a trial has been validated."""

@@ -23,7 +23,8 @@ def tune(sweep: str, resume: bool, earlier: tuple[str, ...], address: str | None
     from rich.table import Table
 
     from metadist.errors import MetadistError
-    from metadist.reporting.sweep_page import REPORT_FILE
+    from metadist.finals import run_finals
+    from metadist.reporting.sweep_page import REPORT_FILE, write_sweep_report
     from metadist.sweep import load_sweep
     from metadist.sweep_directory import BEST_FILE, RESULTS_FILE, SweepDirectory
     from metadist.tuning import tune as run_sweep
@@ -41,8 +42,13 @@ def tune(sweep: str, resume: bool, earlier: tuple[str, ...], address: str | None
         raise MetadistError(
             f"no trial of {directory.path} came to a validation: see the column error of {RESULTS_FILE}."
         )
+    finals = run_finals(settings, directory, progress_console())
+    if finals is not None:
+        write_sweep_report(str(directory.path))
     if as_json:
-        print_json({"sweep_dir": str(directory.path), "best": best, "trials": rows})
+        print_json(
+            {"sweep_dir": str(directory.path), "best": best, "trials": rows, "finals": finals and finals.as_dict()}
+        )
         return
     metric, mode = settings.objective.metric, settings.objective.mode
     table = Table("trial", "outcome", "step", metric, *settings.space)
@@ -57,6 +63,8 @@ def tune(sweep: str, resume: bool, earlier: tuple[str, ...], address: str | None
     for row in rows:
         if row["error"]:
             click.echo(f"trial {row['trial']} failed: {row['error']}")
+    if finals is not None:
+        result_console().print(finals.table())
     click.echo(f"all trials   {directory.path / RESULTS_FILE}")
     click.echo(f"best config  {directory.path / BEST_FILE}")
     click.echo(f"report       {directory.path / REPORT_FILE}")

@@ -9,6 +9,7 @@ from metadist.files import replacing
 from metadist.reporting.charts import Chart, span
 from metadist.reporting.page import document, heading
 from metadist.reporting.sweep_record import SweepRecord, Trial, read_sweep_record
+from metadist.scores import HEADERS, written
 from metadist.search_space import Distribution
 
 REPORT_FILE = "report.html"
@@ -30,6 +31,7 @@ def write_sweep_report(directory: str) -> str:
 def render_sweep(record: SweepRecord) -> str:
     """The whole document."""
     bodies = {
+        "On test tasks": _finals(record),
         "Where good settings lie": _map(record),
         "How trials went": _curves(record),
         "What mattered": _importance(record),
@@ -81,6 +83,26 @@ def _figures(record: SweepRecord) -> str:
     ]
     body = "".join(f'<div class="figure"><b>{value}</b><span>{escape(name)}</span></div>' for value, name in cells)
     return f'<div class="figures">{body}</div>'
+
+
+def _finals(record: SweepRecord) -> str:
+    """What is left of the best, with new seeds and on tasks that no trial was chosen by."""
+    if record.finals is None:
+        return ""
+    metric, finalists = record.finals["metric"], record.finals["finalists"]
+    rows = []
+    for each in finalists:
+        difference = written(each["difference"], metric, "+") if each["difference"] else ""
+        settings = ", ".join(f"{key} {shown(value)}" for key, value in each["point"].items())
+        cells = [each["name"], written(each["score"], metric), difference, settings]
+        rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+    head = "".join(f"<th>{name}</th>" for name in ("", HEADERS[metric], "to the base config", "setting"))
+    note = (
+        f"Trained anew with {len(finalists[0]['seeds'])} seeds that no trial had, and scored once on"
+        f" {record.finals['episodes']} test tasks, the same for all; 95 % intervals over these tasks."
+    )
+    table = f'<div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+    return f'<p class="note">{escape(note)}</p>{table}'
 
 
 def _map(record: SweepRecord) -> str:

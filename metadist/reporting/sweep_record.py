@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from metadist.errors import UserError
+from metadist.finals import FINALS_FILE
 from metadist.run_directory import RunDirectory
 from metadist.search_space import Distribution
 from metadist.suggestions import as_optuna
@@ -50,6 +51,8 @@ class SweepRecord:
     searcher: str
     scheduler: str
     trials: list[Trial]
+    finals: dict[str, Any] | None
+    """Of finals.json: what came of the best ones on test tasks."""
 
     @property
     def sign(self) -> int:
@@ -107,6 +110,7 @@ def is_sweep(directory: str) -> bool:
 def read_sweep_record(directory: str) -> SweepRecord:
     """Raises UserError where a sweep's files are damaged."""
     place = Path(directory)
+    finals = place / FINALS_FILE
     try:
         saved = json.loads((place / SWEEP_FILE).read_text())
         space = {key: Distribution(kind, as_tuples(values)) for key, (kind, *values) in saved["space"].items()}
@@ -119,6 +123,7 @@ def read_sweep_record(directory: str) -> SweepRecord:
             steps=saved["budget"]["steps"],
             searcher=saved["searcher"]["name"],
             scheduler=saved["scheduler"]["name"],
+            finals=json.loads(finals.read_text()) if finals.exists() else None,
             trials=[trial for trial in map(_trial, sorted((place / TRIALS).glob("*"))) if trial is not None],
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
