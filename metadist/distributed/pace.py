@@ -23,6 +23,7 @@ class Pace:
     def __init__(self, unknown_s: float) -> None:
         self._unknown_s = unknown_s
         self._seconds_a_chunk: deque[float] = deque(maxlen=HISTORY)
+        self._quartile: float | None = None
 
     @property
     def is_known(self) -> bool:
@@ -31,10 +32,12 @@ class Pace:
     def note(self, span: Range, seconds: float) -> None:
         """A call for `span` took an adapter so long."""
         self._seconds_a_chunk.append(seconds / (span.stop - span.start))
+        self._quartile = None
 
     def deadline_s(self, span: Range) -> float:
         """How long a call for `span` may take until it is late; `unknown_s` before the pace is known."""
         if not self.is_known:
             return self._unknown_s
-        quartile = sorted(self._seconds_a_chunk)[len(self._seconds_a_chunk) // 4]
-        return max(FLOOR_S, FACTOR * quartile * (span.stop - span.start))
+        if self._quartile is None:
+            self._quartile = sorted(self._seconds_a_chunk)[len(self._seconds_a_chunk) // 4]
+        return max(FLOOR_S, FACTOR * self._quartile * (span.stop - span.start))

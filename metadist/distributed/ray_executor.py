@@ -38,8 +38,8 @@ from metadist.errors import (
 from metadist.experiment import Experiment
 from metadist.sections import ScalingSettings
 
-POLL_S = 1.0
-"""How often a wait looks up to see whether it should stop."""
+POLL_S = 0.25
+"""How often a wait looks up to see whether it should stop, and whether a call is late."""
 MAX_FAILED_STARTS = 3
 """Adapters that die one after another before any of them was ready, until the run gives up."""
 
@@ -83,6 +83,7 @@ class RayExecutor:
         self._overdue: dict[ray.ObjectRef, Call] = {}
         """Calls whose ranges others have answered: their adapters get nothing else until they come back."""
         self._draining = DrainingNodes()
+        self._looked = 0.0
         self._paces = {name: Pace(scaling.start_timeout_s) for name in ("sums", "scores")}
         self._stop: Callable[[], bool] = lambda: False
 
@@ -210,7 +211,7 @@ class RayExecutor:
                 raise InterruptedRun("interrupted while no adapter was alive")
             starting = {slot.starting: slot for slot in self._slots if slot.starting is not None}
             waiting = [*calls, *starting, *self._overdue]
-            ready, _ = ray.wait(waiting, num_returns=1, timeout=work.patience_s(POLL_S))
+            ready, _ = ray.wait(waiting, num_returns=1, timeout=POLL_S)
             for reference in ready:
                 if reference in starting:
                     self._admit(starting[reference])
@@ -254,6 +255,9 @@ class RayExecutor:
     def _give_up_hung(self, work: Work) -> None:
         """Kills adapters that stay silent long after another has answered, or where nobody else is there to answer."""
         now, timeout = time.monotonic(), self._scaling.hung_timeout_s
+        if now - self._looked < POLL_S:
+            return
+        self._looked = now
         for call in [*work.calls.values(), *self._overdue.values()]:
             if call.answered_elsewhere is not None:
                 silent = now - call.answered_elsewhere > timeout

@@ -12,6 +12,9 @@ from metadist.distributed.ledger import Ledger
 from metadist.distributed.pace import Pace
 from metadist.distributed.receipt import Receipt
 
+LOOK_EVERY_S = 0.1
+"""A step has as many turns as ranges, and each of them need not look at all calls."""
+
 
 @dataclass(eq=False)
 class Slot:
@@ -54,6 +57,7 @@ class Work:
     receipt: Receipt = field(default_factory=Receipt)
     """Of all adapters together."""
     chunks_given_twice: int = 0
+    _looked: float = 0.0
 
     def begin(self) -> None:
         """Theta is there: calls that were made before wait for nothing else from now on."""
@@ -63,14 +67,15 @@ class Work:
     def hand_out(self, free: Iterable[Slot]) -> None:
         """Gives every free slot without a range of this plan the next one that is open, or else one that is late."""
         busy = {call.slot for call in self.calls.values()}
+        late = self._late()
         for slot in free:
             if slot in busy:
                 continue
             span = self.ledger.submit(slot.actor)
             if span is None:
-                if not (late := self._late()):
+                if not late:
                     return
-                span = late[0]
+                span = late.pop(0)
                 self.ledger.submit_again(span, slot.actor)
                 self.chunks_given_twice += span.stop - span.start
             receipt, result = self.submit(slot.actor, span)
@@ -87,19 +92,13 @@ class Work:
             if other.span == call.span:
                 other.answered_elsewhere = time.monotonic()
 
-    def patience_s(self, at_most: float) -> float:
-        """How long nothing can become late, from now on."""
-        now = time.monotonic()
-        left = [since + self.pace.deadline_s(span) - now for span, since in self._last_given().items()]
-        return min((seconds for seconds in left if seconds > 0), default=at_most) if left else at_most
-
     def _late(self) -> list[Range]:
-        """Ranges whose last call is out for too long, the longest first."""
+        """Ranges whose last call is out for too long, the longest first; looked for every LOOK_EVERY_S."""
         now = time.monotonic()
-        given = sorted(self._last_given().items(), key=lambda item: item[1])
-        return [span for span, since in given if now - since > self.pace.deadline_s(span)]
-
-    def _last_given(self) -> dict[Range, float]:
-        """When each range that is out was given to somebody for the last time."""
-        waiting = [call for call in self.calls.values() if self.ledger.is_out(call.span)]
-        return {call.span: call.since for call in sorted(waiting, key=lambda call: call.since)}
+        if now - self._looked < LOOK_EVERY_S:
+            return []
+        self._looked = now
+        # When each range that is out was given to somebody for the last time.
+        given = {call.span: call.since for call in sorted(self.calls.values(), key=lambda call: call.since)}
+        late = [span for span, since in given.items() if now - since > self.pace.deadline_s(span)]
+        return [span for span in late if self.ledger.is_out(span)]
