@@ -60,8 +60,9 @@ class Replay:
     def table(self) -> Table:
         """A row a task."""
         table = Table(title=f"step {self.step}, chunk {self.chunk}, task source {self.source}", title_justify="left")
-        for name in ("task", "query loss", "accuracy", "gradient norm"):
-            table.add_column(name, justify="left" if name == "task" else "right")
+        table.add_column("task", no_wrap=True)
+        for name in ("query loss", "accuracy", "gradient norm"):
+            table.add_column(name, justify="right")
         table.add_column("bad")
         for task in self.tasks:
             values = [task.loss, task.accuracy, task.gradient_norm]
@@ -186,7 +187,7 @@ def _replay_task(
             pdb.post_mortem(error.__traceback__)
     else:
         if not np.isfinite(loss) or not np.isfinite(norm):
-            bad = f"query loss is {loss:g}, its meta-gradient's norm is {norm:g}"
+            bad = f"query loss is {loss:g}" + ("" if np.isfinite(norm) else f", gradient norm {norm:g}")
             if debugging:
                 debugging.print(Text(f"{key}: {bad}. Here are batch, theta, gradient and metrics."))
                 pdb.set_trace()

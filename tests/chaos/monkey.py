@@ -23,7 +23,7 @@ from metadist.distributed.work import Slot
 from metadist.run_directory import RunDirectory
 
 STALL_S = 2.0
-BREATH_S = 0.4
+BREATH_S = 1.0
 """Where a fault is due and too few adapters are ready for it: how long the next step is put off."""
 FAILURES_OF_STORAGE = 3
 

@@ -28,5 +28,5 @@ def schedule(seed: int, steps: int, faults: int, checkpoint_every: int) -> deque
     # A node goes, and another comes in its place.
     nodes = itertools.cycle(("node removed", "node added"))
     kinds = [next(nodes) if kind.startswith("node") else kind for kind in kinds]
-    at = np.sort(random.integers(checkpoint_every + 1, steps - checkpoint_every, len(kinds)))
+    at = np.sort(random.integers(checkpoint_every + 1, steps - 3 * checkpoint_every, len(kinds)))
     return deque(zip(map(int, at), kinds, strict=True))
