@@ -43,7 +43,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_directory_holds_what_the_readme_says(run_dir: Path) -> None:
     expected = {"config.yaml", "fingerprint.json", "metrics.jsonl", "tensorboard", "checkpoints", "evaluation.json"}
-    expected |= {"timeline.jsonl", "adapted_curves.png", "evaluation.png", "timeline.png", "training.png"}
+    expected |= {"spec.json", "timeline.jsonl", "adapted_curves.png", "evaluation.png", "timeline.png", "training.png"}
     assert {path.name for path in run_dir.iterdir()} == expected
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], "val_loss" in line) for line in lines] == [(2, 0), (3, 1), (4, 0), (6, 0), (6, 1)]

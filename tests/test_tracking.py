@@ -195,7 +195,7 @@ def shown_by(progress, clock, monkeypatch, console):
     """What one step after two seconds prints."""
     monkeypatch.setattr(time, "monotonic", lambda: clock + 2.0)
     with console.capture() as captured:
-        progress.step(progress._total, {"loss": 0.125, "accuracy": 0.5}, adapters=3, lost=1)
+        progress.step(progress._total, {"loss": 0.125, "accuracy": 0.5}, adapters=3, lost=1, bad=0)
     return captured.get()
 
 
