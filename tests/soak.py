@@ -13,7 +13,6 @@ import signal
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -80,7 +79,7 @@ def _held() -> dict[str, float]:
         "adapter_mib": max(map(_resident_mib, adapters), default=float("nan")),
         "object_store_mib": _object_store_mib(),
         "open_files": len(os.listdir("/proc/self/fd")),
-        "threads": threading.active_count() and len(os.listdir("/proc/self/task")),
+        "threads": len(os.listdir("/proc/self/task")),
     }
 
 
@@ -134,7 +133,7 @@ def draw(watch: Watch, path: Path) -> None:
     for axis, (name, title) in zip(axes.flat, SERIES.items(), strict=True):
         axis.plot([s["minutes"] for s in watch.samples], [s[name] for s in watch.samples], linewidth=1.2)
         axis.set(title=title, xlabel="minutes")
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.25 * max(s[name] for s in watch.samples if s[name] == s[name]))
     kills = f"{watch.kills['adapter']} adapters and {watch.kills['learner']} learners killed"
     figure.suptitle(f"{watch.samples[-1]['minutes']:.0f} minutes of training, {watch.steps:,} steps, {kills}")
     figure.savefig(path, dpi=100)
@@ -147,6 +146,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("soak.png"), help="the plot; its numbers lie beside it, .json")
     options = parser.parse_args()
+    # Ray tells of every death on stdout, which is to hold the result alone.
+    stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     with tempfile.TemporaryDirectory() as home:
         os.environ |= {"HOME": home, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
         os.environ.pop("RAY_ADDRESS", None)
@@ -156,7 +158,8 @@ def main() -> int:
     result = {"steps": watch.steps, "kills": watch.kills, "growth": grown, "samples": watch.samples}
     options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     for name, ratio in grown.items():
-        sys.stdout.write(f"{SERIES[name]:28} {ratio:6.3f} of the second quarter's median in the last one\n")
+        stdout.write(f"{SERIES[name]:28} {ratio:6.3f} of the second quarter's median in the last one\n")
+    stdout.close()
     return 0 if all(ratio <= MAY_GROW for ratio in grown.values()) else 1
 
 

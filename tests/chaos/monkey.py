@@ -38,6 +38,7 @@ class Monkey(Callback):
         self._storage_fails = 0
         self._learner_killed: float | None = None
         self._learner_comes_back = False
+        self._just_hurt: list[Any] = []
         self._at = 0
         self._lost_slots: dict[Slot, float] = {}
         self._lost_actors: dict[Any, tuple[str, float]] = {}
@@ -67,6 +68,14 @@ class Monkey(Callback):
             self._learner_comes_back = True
 
     def on_step(self, step: int, metrics: dict[str, float], status: Any) -> None:
+        self._do(step)
+        # The driver sees to what was hurt from now on; what this took itself is no recovery.
+        for actor in self._just_hurt:
+            kind, _ = self._lost_actors[actor]
+            self._lost_actors[actor] = kind, time.monotonic()
+        self._just_hurt.clear()
+
+    def _do(self, step: int) -> None:
         self._at = step
         self.steps_made += 1
         if self._learner_comes_back and self._learner_killed is not None:
@@ -148,6 +157,7 @@ class Monkey(Callback):
         for slot in slots:
             self._lost_slots[slot] = time.monotonic()
             self._lost_actors[slot.actor] = kind, time.monotonic()
+            self._just_hurt.append(slot.actor)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
