@@ -9,17 +9,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test test-on-ray test-without-ray chaos fuzz check audit clean
+.PHONY: train test test-on-ray test-on-heads test-without-ray chaos fuzz check audit clean
 
 train: $(INSTALLED)
 	$(BIN)/metadist train configs/sinusoid_maml.yaml
 
 # The tests that start a Ray mostly wait, the others mostly compute: side by side they share two cores well.
 test: check
-	$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target test-on-ray test-without-ray
+	$(MAKE) --no-print-directory --keep-going --jobs=3 --output-sync=target test-without-ray test-on-ray test-on-heads
 
 test-on-ray: $(INSTALLED)
-	$(BIN)/python -m pytest -m ray
+	$(BIN)/python -m pytest -m "ray and not head"
+
+test-on-heads: $(INSTALLED)
+	$(BIN)/python -m pytest -m "ray and head"
 
 # The compiler takes one core, and leaves the other to the tests beside it.
 test-without-ray: $(INSTALLED)

@@ -7,8 +7,10 @@ looked at, so that it gets into no command, environment or log.
 import asyncio
 import math
 import os
+import queue
 import shlex
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -95,14 +97,30 @@ class JobServer:
         return Job(id, self.address)
 
     def follow(self, job: Job, write: Callable[[str], None]) -> None:
-        """Gives the job's output as it comes; returns when the job has ended or the cluster hangs up."""
+        """Gives the job's output as it comes; returns when the job has ended or the cluster hangs up.
+
+        Ctrl-C raises KeyboardInterrupt at once: the connection is another thread's, and nobody waits for it to close.
+        """
+        output: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
 
         async def tail() -> None:
             async for lines in self._client.tail_job_logs(job.id):
-                write(lines)
+                output.put(lines)
 
+        def read() -> None:
+            try:
+                asyncio.run(tail())
+            except BaseException as error:
+                output.put(error)
+            else:
+                output.put(None)
+
+        threading.Thread(target=read, name="job output", daemon=True).start()
         with _told_errors(self.address):
-            asyncio.run(tail())
+            while (found := output.get()) is not None:
+                if isinstance(found, BaseException):
+                    raise found
+                write(found)
 
     def status(self, job: Job) -> str:
         """SUCCEEDED, FAILED, STOPPED, PENDING or RUNNING."""

@@ -24,7 +24,7 @@ from tests.distributed.faulty import processes_named
 from tests.distributed.test_jobs import free_ports, wait_for
 from tests.distributed.test_same_bits import sinusoid
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.head]
 
 HEAD_ID = "f" * 51 + "00000"
 """What the provider of nodes that are processes takes for the head's, whose type has a fixed name too."""

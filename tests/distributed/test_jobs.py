@@ -27,7 +27,7 @@ BIN = Path(sys.executable).parent
 TOKEN = "0123456789abcdef0123456789abcdef"
 SETS = ["training.steps=5", "evaluation.episodes=10"]
 WAIT_S = 240
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.head]
 
 
 @dataclass(frozen=True)

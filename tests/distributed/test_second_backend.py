@@ -23,7 +23,7 @@ from tests.distributed.faulty import KillsItsAdapter, Raises
 from tests.distributed.test_same_bits import bits, images, sinusoid
 from tests.poisoned import Poisoned
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.head]
 
 ALONE = ScalingSettings(num_workers=0)
 RANKS = ScalingSettings(num_workers=2, backend="train")
