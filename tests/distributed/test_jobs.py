@@ -200,7 +200,14 @@ def test_a_job_that_fails_ends_the_command_with_its_own_status(head: Head, tmp_p
 def test_ctrl_c_leaves_the_job_running_and_the_printed_commands_attach_and_stop(head: Head, tmp_path: Path) -> None:
     command = head.submit("--run-dir", str(tmp_path / "run"), "--workers", "0", "--set", "training.steps=1000000")
     process = subprocess.Popen(
-        command, cwd=head.project, env=head.env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=head.project,
+        env=head.env(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # As at a terminal: what a shell starts in the background ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_for(lambda: process.poll() is not None or (tmp_path / "run/metrics.jsonl").exists())
     process.send_signal(signal.SIGINT)
