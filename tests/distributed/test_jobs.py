@@ -228,8 +228,8 @@ def test_ctrl_c_leaves_the_job_running_and_the_printed_commands_attach_and_stop(
 
 def test_a_node_that_is_killed_in_mid_run_costs_no_bit(head: Head, tmp_path: Path) -> None:
     """Submitted with `ray job submit`. The last test here, since the cluster is smaller after it."""
-    run_dir, more = tmp_path / "run", ["training.steps=100", "run.checkpoint_config.checkpoint_frequency=10"]
-    train = ["python", "-m", "metadist", "train", "experiment.yaml", "--workers", "1:2", "--run-dir", str(run_dir)]
+    run_dir, more = tmp_path / "run", ["training.steps=1500", "run.checkpoint_config.checkpoint_frequency=10"]
+    train = ["python", "-m", "metadist", "train", "experiment.yaml", "--workers", "2", "--run-dir", str(run_dir)]
     train += [part for assignment in [*SETS, *more] for part in ("--set", assignment)]
     process = subprocess.Popen(
         [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--", *train],
@@ -259,7 +259,7 @@ def test_a_node_that_is_killed_in_mid_run_costs_no_bit(head: Head, tmp_path: Pat
     assert theta_in(output) == local.theta_sha256
     assert (run_dir / "metrics.jsonl").read_text() == (tmp_path / "local/metrics.jsonl").read_text()
     assert {"evaluation.json", "fingerprint.json", "timeline.jsonl"} <= {path.name for path in run_dir.iterdir()}
-    assert (run_dir / "checkpoints/step_00000100/manifest.json").exists()
+    assert (run_dir / "checkpoints/step_00001500/manifest.json").exists()
 
 
 def job_details(head: Head) -> str:
