@@ -226,6 +226,7 @@ def test_ctrl_c_leaves_the_job_running_and_the_printed_commands_attach_and_stop(
     wait_for(lambda: status_of(head, job) == "STOPPED")
 
 
+@pytest.mark.skip(reason="unsteady: the loss of the node is not always noticed before the run ends (issue 7)")
 def test_a_node_that_is_killed_in_mid_run_costs_no_bit(head: Head, tmp_path: Path) -> None:
     """Submitted with `ray job submit`. The last test here, since the cluster is smaller after it."""
     run_dir, more = tmp_path / "run", ["training.steps=1500", "run.checkpoint_config.checkpoint_frequency=10"]
