@@ -226,10 +226,9 @@ def test_ctrl_c_leaves_the_job_running_and_the_printed_commands_attach_and_stop(
     wait_for(lambda: status_of(head, job) == "STOPPED")
 
 
-@pytest.mark.skip(reason="unsteady: the loss of the node is not always noticed before the run ends (issue 7)")
 def test_a_node_that_is_killed_in_mid_run_costs_no_bit(head: Head, tmp_path: Path) -> None:
     """Submitted with `ray job submit`. The last test here, since the cluster is smaller after it."""
-    run_dir, more = tmp_path / "run", ["training.steps=1500", "run.checkpoint_config.checkpoint_frequency=10"]
+    run_dir, more = tmp_path / "run", ["training.steps=300", "run.checkpoint_config.checkpoint_frequency=10"]
     train = ["python", "-m", "metadist", "train", "experiment.yaml", "--workers", "2", "--run-dir", str(run_dir)]
     train += [part for assignment in [*SETS, *more] for part in ("--set", assignment)]
     process = subprocess.Popen(
@@ -255,12 +254,13 @@ def test_a_node_that_is_killed_in_mid_run_costs_no_bit(head: Head, tmp_path: Pat
         os.kill(pid, signal.SIGKILL)
     output, _ = process.communicate(timeout=WAIT_S)
     assert process.returncode == 0, output
-    assert ", 1 adapters lost, " in output
+    # Ray may put the replacement on that node too, until it knows that the node is gone.
+    assert re.search(r", [1-9]\d* adapters lost, ", output), output
     local = locally(head, tmp_path / "local", *more)
     assert theta_in(output) == local.theta_sha256
     assert (run_dir / "metrics.jsonl").read_text() == (tmp_path / "local/metrics.jsonl").read_text()
     assert {"evaluation.json", "fingerprint.json", "timeline.jsonl"} <= {path.name for path in run_dir.iterdir()}
-    assert (run_dir / "checkpoints/step_00001500/manifest.json").exists()
+    assert (run_dir / "checkpoints/step_00000300/manifest.json").exists()
 
 
 def job_details(head: Head) -> str:
