@@ -120,12 +120,12 @@ class Monkey(Callback):
             return False
         slot = self._random.choice(self._ready())
         pid = _pid(slot.actor)
+        if not _signal_if_there(pid, signal.SIGKILL if kind == "adapter killed" else signal.SIGSTOP):
+            return False
         if kind == "adapter stalled":
-            os.kill(pid, signal.SIGSTOP)
             threading.Timer(STALL_S, lambda: _signal_if_there(pid, signal.SIGCONT)).start()
-            return True
-        self._note(kind, [slot])
-        os.kill(pid, signal.SIGKILL if kind == "adapter killed" else signal.SIGSTOP)
+        else:
+            self._note(kind, [slot])
         return True
 
     def _tear(self, step: int) -> bool:
@@ -219,8 +219,10 @@ def _pid(actor: Any) -> int:
     return int(ray._private.state.actors(actor._actor_id.hex())["Pid"])
 
 
-def _signal_if_there(pid: int, number: signal.Signals) -> None:
+def _signal_if_there(pid: int, number: signal.Signals) -> bool:
+    """False where the process has ended already, of itself or with its node."""
     try:
         os.kill(pid, number)
     except ProcessLookupError:
-        return
+        return False
+    return True
