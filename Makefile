@@ -1,3 +1,4 @@
+# make install set everything up in .venv
 # make train   set everything up and meta-train the sinusoid example
 # make test    set everything up and pass the tests
 # make check   lint and types
@@ -9,7 +10,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test test-on-ray test-on-heads test-without-ray chaos fuzz check audit clean
+.PHONY: install train test test-on-ray test-on-heads test-without-ray chaos fuzz check audit clean
+
+install: $(INSTALLED)
 
 train: $(INSTALLED)
 	$(BIN)/metadist train configs/sinusoid_maml.yaml

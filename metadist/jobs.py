@@ -5,6 +5,7 @@ looked at, so that it gets into no command, environment or log.
 """
 
 import asyncio
+import logging
 import math
 import os
 import queue
@@ -73,6 +74,8 @@ class JobServer:
         refuse_open_dashboard(self.address)
         with _told_errors(self.address), _this_address_alone():
             self._client = JobSubmissionClient(self.address)
+        # Ray tells of every file that it leaves out. What goes wrong is raised.
+        logging.getLogger("ray").setLevel(logging.ERROR)
 
     def check_fits(self, config: Config) -> None:
         """Raises ClusterError where the least number of adapters has no room, and no node may come."""
