@@ -39,6 +39,7 @@ class Experiment:
     strategy: Strategy
     compile: bool
     device: str
+    learner_device: str
     threads: int
     skips_bad_episodes: bool
 
@@ -108,6 +109,7 @@ def make_experiment(config: Config, source: TaskSource | None = None) -> Experim
         strategy=strategy,
         compile=_compiled(config, has_convolutions, device),
         device=device,
+        learner_device="cuda" if config.scaling.learner_gpus else "cpu",
         threads=config.scaling.threads_per_worker,
         skips_bad_episodes=training.on_bad_episode == "skip",
     )

@@ -79,6 +79,9 @@ class ScalingSettings:
     resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] = field(default_factory=lambda: {"CPU": 1.0})
     use_gpu: bool = False
     """One GPU an adapter, unless resources_per_worker says otherwise: `{CPU: 1, GPU: 0.25}` for four a GPU."""
+    learner_gpus: Annotated[float, Field(ge=0)] = 0.0
+    """The share of a GPU on which the learner steps, of the driver's node; 0 for the CPU, whose bits are others. With
+    backend `train` anything above 0 has each rank step on its own GPU."""
     label_selector: dict[str, Label] = field(default_factory=dict)
     """Labels of the nodes for adapters, each with Ray's rule for it: `a`, `!a`, `in(a,b)` or `!in(a,b)`."""
     placement_strategy: Literal["PACK", "SPREAD"] = "PACK"
@@ -89,7 +92,8 @@ class ScalingSettings:
     start_timeout_s: Annotated[float, Field(gt=0)] = 120.0
     """How long to wait for the first (or the least number of) adapters."""
     hung_timeout_s: Annotated[float, Field(gt=0)] = 60.0
-    """How long an adapter may stay silent after another has answered for it, until it is ended and replaced."""
+    """How long an adapter may stay silent after another has answered for it, and a learner after its longest answers,
+    until it is ended and replaced."""
 
     @property
     def worker_limits(self) -> tuple[int, int]:

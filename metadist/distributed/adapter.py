@@ -76,6 +76,7 @@ class Adapter:
             "dtype": "float32",
             "chunk_size": experiment.chunk_size,
             "canonical_gradient": hashlib.sha256(canonical.gradient.tobytes()).hexdigest(),
+            **({"learner": experiment.learner_device} if experiment.learner_device != "cpu" else {}),
         }
 
     def sum_range(self, plan: Plan, span: Range, published: np.ndarray) -> Sums:

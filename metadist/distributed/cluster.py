@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from metadist.distributed.access import make_token, refuse_open_head
-from metadist.distributed.placement import Node, check_fits, resources_per_adapter
+from metadist.distributed.placement import Node, check_fits, check_learner_fits, resources_per_adapter
 from metadist.errors import ClusterError, first_line
 from metadist.sections import ScalingSettings
 
@@ -32,7 +32,7 @@ def connect(scaling: ScalingSettings, console: Console) -> Callable[[], None]:
     already connected to is used as it is and stays. Raises ClusterError.
     """
     if ray.is_initialized():
-        check_fits(scaling, _nodes(), _may_grow)
+        _check_fits(scaling)
         return lambda: None
     address = scaling.address or os.environ.get("RAY_ADDRESS")
     try:
@@ -66,7 +66,7 @@ def connect(scaling: ScalingSettings, console: Console) -> Callable[[], None]:
             " check that it is the head's port (usually 6379) and of the same Ray version."
         ) from None
     try:
-        check_fits(scaling, _nodes(), _may_grow)
+        _check_fits(scaling)
     except ClusterError:
         ray.shutdown()
         raise
@@ -101,8 +101,11 @@ def _local_cpus(scaling: ScalingSettings, console: Console) -> int:
     return max(cores, needed)
 
 
-def _nodes() -> list[Node]:
-    return [Node(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
+def _check_fits(scaling: ScalingSettings) -> None:
+    """Raises ClusterError where the least number of adapters, or the learner, has no room."""
+    nodes = {node["NodeID"]: Node(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]}
+    check_fits(scaling, list(nodes.values()), _may_grow)
+    check_learner_fits(scaling, nodes[ray.get_runtime_context().get_node_id()])
 
 
 def _may_grow() -> bool:

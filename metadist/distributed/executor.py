@@ -22,7 +22,6 @@ class Counters:
 
     adapters_lost: int = 0
     chunks_recomputed: int = 0
-    learners_lost: int = 0
     chunks_given_twice: int = 0
     """Given to another adapter too, since the first was late."""
 

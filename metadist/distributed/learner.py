@@ -14,7 +14,7 @@ from metadist.core.outer import OuterLoop, OuterSettings
 from metadist.core.plan import Plan, Range
 from metadist.core.reduction import reduce_tree
 from metadist.distributed.seconds import Seconds
-from metadist.errors import AdapterError
+from metadist.errors import AdapterError, ClusterError
 from metadist.experiment import Experiment
 
 STATISTICS_MOMENTUM = 0.1
@@ -39,14 +39,20 @@ class Learner:
         self, experiment: Experiment, outer: OuterSettings, num_steps: int, loop: type[OuterLoop] = OuterLoop
     ) -> None:
         torch.set_num_threads(experiment.threads)
+        self._device = torch.device(experiment.learner_device)
+        if self._device.type == "cuda" and not torch.cuda.is_available():
+            raise ClusterError(
+                "scaling.learner_gpus is above 0, but torch sees no CUDA device where the learner is. Set it to 0, or"
+                " start the run on a node where `metadist doctor` lists a GPU."
+            )
         self._statistics = experiment.initial_statistics.copy()
-        self._loop = loop(outer, torch.tensor(experiment.initial_theta), num_steps)
+        self._loop = loop(outer, torch.tensor(experiment.initial_theta, device=self._device), num_steps)
         self._step = 0
         self.seconds = Seconds()
 
     def publish(self) -> np.ndarray:
         """Theta and the running statistics as one float32 vector, for the adapters."""
-        return np.concatenate([self._loop.theta.detach().numpy(), self._statistics])
+        return np.concatenate([self._loop.theta.detach().cpu().numpy(), self._statistics])
 
     def step(self, plan: Plan, sums: dict[Range, Sums]) -> dict[str, float]:
         """One outer step on the sums of a plan's ranges; gives the step's metrics.
@@ -64,7 +70,7 @@ class Learner:
             )
         mean = Sums(*(part / np.float32(tasks) for part in total))
         reduced = time.perf_counter()
-        report = self._loop.step(self._step, torch.from_numpy(mean.gradient))
+        report = self._loop.step(self._step, torch.from_numpy(mean.gradient).to(self._device))
         if self._statistics.size:
             momentum = np.float32(STATISTICS_MOMENTUM)
             self._statistics = (1 - momentum) * self._statistics + momentum * mean.statistics
@@ -74,12 +80,13 @@ class Learner:
 
     def state(self) -> LearnerState:
         """A copy of everything, for a checkpoint."""
-        optimizer = {name: np.array(value.numpy()) for name, value in self._loop.optimizer_tensors().items()}
-        theta = self._loop.theta.detach().numpy().copy()
+        optimizer = {name: np.array(value.cpu().numpy()) for name, value in self._loop.optimizer_tensors().items()}
+        theta = self._loop.theta.detach().cpu().numpy().copy()
         return LearnerState(self._step, theta, self._statistics.copy(), optimizer)
 
     def restore(self, state: LearnerState) -> None:
         """Goes on from a checkpoint's state."""
+        # The optimizer takes its state to where theta is, but for the number of steps, which it keeps here.
         optimizer = {name: torch.tensor(value) for name, value in state.optimizer.items()}
         self._loop.load(torch.tensor(state.theta), optimizer)
         self._statistics = np.array(state.statistics)

@@ -46,12 +46,31 @@ def adapter_options(scaling: ScalingSettings) -> dict[str, Any]:
     }
 
 
+def learner_options(scaling: ScalingSettings) -> dict[str, Any]:
+    """Options of the learner's actor."""
+    return {
+        "num_cpus": LEARNER_CPUS,
+        "num_gpus": scaling.learner_gpus,
+        "scheduling_strategy": beside_the_driver(),
+    }
+
+
 def beside_the_driver() -> NodeAffinitySchedulingStrategy:
     """Where the learner goes, whose checkpoints the driver writes: its node, which is not one that may be reclaimed.
 
     A soft affinity would not do: Ray then places actors that reserve no CPU on any node.
     """
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def check_learner_fits(scaling: ScalingSettings, drivers: Node) -> None:
+    """Raises ClusterError where the driver's node has no GPU for the learner."""
+    there = drivers.resources.get("GPU", 0)
+    if scaling.backend == "actors" and scaling.learner_gpus > there:
+        raise ClusterError(
+            f"scaling.learner_gpus: {scaling.learner_gpus:g} do not fit the node of this process, which has GPU"
+            f" {there:g}; the learner is beside it. Set it to 0, or start the run on a node with a GPU."
+        )
 
 
 def check_fits(scaling: ScalingSettings, nodes: list[Node], may_grow: Callable[[], bool]) -> None:

@@ -15,15 +15,16 @@ from metadist.core.batch_norm import BatchNormPolicy
 from metadist.core.meta_gradient import EpisodeScores
 from metadist.core.outer import OuterSettings
 from metadist.core.plan import Plan, Range
-from metadist.distributed.actors import AdapterActor, LearnerActor, SumsLost
+from metadist.distributed.actors import AdapterActor, SumsLost
 from metadist.distributed.draining import DrainingNodes
 from metadist.distributed.executor import Counters
 from metadist.distributed.fingerprint import refuse_other
 from metadist.distributed.learner import LearnerState
 from metadist.distributed.ledger import Ledger
 from metadist.distributed.pace import Pace
-from metadist.distributed.placement import LEARNER_CPUS, adapter_options, beside_the_driver
+from metadist.distributed.placement import adapter_options
 from metadist.distributed.ray_metrics import RayMetrics
+from metadist.distributed.remote_learner import RemoteLearner, cause_of
 from metadist.distributed.seconds import Seconds
 from metadist.distributed.work import Call, Slot, Work
 from metadist.errors import (
@@ -32,7 +33,6 @@ from metadist.errors import (
     FingerprintError,
     InterruptedRun,
     LearnerLostError,
-    MetadistError,
     first_line,
 )
 from metadist.experiment import Experiment
@@ -74,11 +74,10 @@ class RayExecutor:
         self._disconnect = disconnect
         self._notify = notify
         self._experiment = [ray.put(experiment)]
-        self._learner_arguments = (self._experiment, outer, num_steps)
+        self._learner = RemoteLearner(self._experiment, outer, num_steps, scaling)
         self._num_steps = num_steps
         self._fingerprint: dict[str, Any] | None = None
         self._slots: list[Slot] = []
-        self._learner: Any = None
         self._ahead: Work | None = None
         self._overdue: dict[ray.ObjectRef, Call] = {}
         """Calls whose ranges others have answered: their adapters get nothing else until they come back."""
@@ -107,7 +106,7 @@ class RayExecutor:
         return sum(slot.starting is None for slot in self._slots)
 
     def publish(self) -> ray.ObjectRef:
-        return self._published
+        return self._learner.published
 
     def run(self, plan: Plan, theta: ray.ObjectRef) -> dict[Range, ray.ObjectRef]:
         ahead, self._ahead = self._ahead, None
@@ -121,21 +120,20 @@ class RayExecutor:
 
     def step(self, plan: Plan, theta: ray.ObjectRef, sums: dict[Range, ray.ObjectRef]) -> dict[str, float]:
         while True:
-            call = self._learner.step.options(num_returns=2).remote(plan, list(sums), list(sums.values()))
-            report, published = call
+            report, published = self._learner.step(plan, sums)
             if plan.step + 1 < self._num_steps:
                 following = dataclasses.replace(plan, step=plan.step + 1)
                 self._ahead = self._sums(following, published, following.ranges(len(self._free())))
                 self._ahead.hand_out(self._free())
             try:
-                metrics, seconds = self._ask_learner(report)
+                metrics, seconds = self._learner.ask(report)
             except SumsLost as error:
                 self._ahead = None
                 (lost,) = error.args
                 self.counters.chunks_recomputed += sum(span.stop - span.start for span in lost)
                 sums |= self._complete(self._sums(plan, theta, lost))
             else:
-                self._published = published
+                self._learner.published = published
                 self.seconds += seconds
                 return metrics
 
@@ -163,26 +161,17 @@ class RayExecutor:
         return EpisodeScores(*(np.concatenate(part, axis=1) for part in zip(*parts, strict=True)))
 
     def state(self) -> LearnerState:
-        state: LearnerState = self._ask_learner(self._learner.state.remote())
-        return state
+        return self._learner.state()
 
     def replace_learner(self, state: LearnerState | None) -> None:
-        if self._learner is not None:
-            ray.kill(self._learner)
         self._ahead = None
-        actor = ray.remote(LearnerActor).options(
-            num_cpus=LEARNER_CPUS,
-            scheduling_strategy=beside_the_driver(),
-        )
-        self._learner = actor.remote()
-        self._published = self._learner.prepare.remote(*self._learner_arguments, state)
-        self._ask_learner(self._published)
+        self._learner.replace(state)
 
     def close(self) -> None:
-        actors = [slot.actor for slot in self._slots] + ([self._learner] if self._learner is not None else [])
-        self._slots, self._learner, self._ahead, self._overdue = [], None, None, {}
-        for actor in actors:
-            ray.kill(actor)
+        slots, self._slots, self._ahead, self._overdue = self._slots, [], None, {}
+        for slot in slots:
+            ray.kill(slot.actor)
+        self._learner.close()
         disconnect, self._disconnect = self._disconnect, lambda: None
         disconnect()
 
@@ -229,7 +218,7 @@ class RayExecutor:
                     # Only the published theta is passed in; the learner can publish it again.
                     raise LearnerLostError(f"the published theta was lost: {first_line(error)}") from None
                 except RayTaskError as error:
-                    ledger.failed(call.span, _cause(error))
+                    ledger.failed(call.span, cause_of(error))
                 else:
                     work.done(call, receipt)
         self._overdue |= calls
@@ -309,7 +298,7 @@ class RayExecutor:
             self._replace(slot, slot.actor)
             return
         except RayTaskError as error:
-            raise _cause(error) from None
+            raise cause_of(error) from None
         try:
             refuse_other(fingerprint, self._fingerprint, "an adapter that Ray started")
         except FingerprintError as error:
@@ -345,19 +334,3 @@ class RayExecutor:
             return
         fresh = self._new_slot()
         slot.actor, slot.starting, slot.node = fresh.actor, fresh.starting, None
-
-    def _ask_learner(self, call: ray.ObjectRef) -> Any:
-        try:
-            return ray.get(call)
-        except RayTaskError as error:
-            raise _cause(error) from None
-        except RayError as error:
-            self.counters.learners_lost += 1
-            raise LearnerLostError(f"the learner was lost: {first_line(error)}") from None
-
-
-def _cause(error: RayTaskError) -> Exception:
-    """The error as it was raised in the actor, if it is one of ours."""
-    if isinstance(error.cause, MetadistError):
-        return error.cause
-    return AdapterError(f"an actor failed: {first_line(error)}") if error.cause is None else error.cause

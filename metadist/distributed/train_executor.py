@@ -181,7 +181,6 @@ class TrainExecutor:
             pass
         replies = _value(call)
         if isinstance(replies, LearnerLostError):
-            self.counters.learners_lost += 1
             self.counters.adapters_lost = _value(self._conductor.ranks_lost.remote())
             raise replies
         for reply in replies:

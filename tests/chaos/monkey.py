@@ -143,7 +143,7 @@ class Monkey(Callback):
     def _kill_the_learner(self) -> None:
         self._learner_killed = time.monotonic()
         assert self._executor is not None
-        os.kill(_pid(self._executor._learner), signal.SIGKILL)
+        os.kill(_pid(self._executor._learner.actor), signal.SIGKILL)
 
     def _ready(self) -> list[Slot]:
         assert self._executor is not None

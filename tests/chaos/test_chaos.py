@@ -1,7 +1,5 @@
 """The tier of tests in which everything goes wrong at once: `make chaos`, some ten minutes."""
 
-from collections.abc import Iterator
-
 import pytest
 from rich.console import Console
 
@@ -11,19 +9,6 @@ from tests.chaos.resume import killed_and_resumed
 from tests.chaos.schedule import KINDS, schedule
 
 pytestmark = pytest.mark.chaos
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    environment = {
-        "HOME": str(tmp_path_factory.mktemp("home")),
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_worker_niceness": "0",
-    }
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    return
 
 
 def test_a_schedule_is_drawn_from_its_seed_alone() -> None:

@@ -20,7 +20,7 @@ from metadist.core.plan import plan_step
 from metadist.distributed.access import refuse_open_head
 from metadist.distributed.doctor import diagnose
 from metadist.distributed.in_process import InProcessExecutor
-from metadist.distributed.placement import Node, beside_the_driver, check_fits, matches
+from metadist.distributed.placement import Node, adapter_options, beside_the_driver, check_fits, matches
 from metadist.errors import ClusterError
 from metadist.experiment import make_experiment
 from metadist.sections import ScalingSettings
@@ -158,13 +158,45 @@ def test_adapters_share_the_gpu_of_the_node_whose_labels_are_asked_for(cluster: 
     wait_for(lambda: sum(found["Alive"] for found in ray.nodes()) == 1)
 
 
+class Where:
+    def node(self) -> str:
+        import ray
+
+        return ray.get_runtime_context().get_node_id()
+
+
+@pytest.mark.ray
+def test_adapters_are_packed_or_spread_as_is_asked(cluster: Any) -> None:
+    import ray
+
+    added = [cluster.add_node(num_cpus=8, resources={"here": 1}) for _ in range(2)]
+    for strategy, nodes in (("PACK", 1), ("SPREAD", 2)):
+        scaling = ScalingSettings(resources_per_worker={"CPU": 1, "here": 0.01}, placement_strategy=strategy)
+        placed, actors = ray.remote(Where).options(**adapter_options(scaling)), []
+        for _ in range(2):
+            # One after the other, so that Ray knows what the first one took.
+            actors.append(placed.remote())
+            ray.get(actors[-1].node.remote())
+        assert len(set(ray.get([actor.node.remote() for actor in actors]))) == nodes
+    for node in added:
+        cluster.remove_node(node)
+    wait_for(lambda: sum(found["Alive"] for found in ray.nodes()) == 1)
+
+
+@pytest.mark.ray
+def test_a_learner_on_a_gpu_needs_one_on_the_drivers_node(cluster: Any, tmp_path: Path) -> None:
+    import ray
+
+    node = cluster.add_node(num_cpus=1, num_gpus=1)
+    with pytest.raises(ClusterError, match=r"scaling.learner_gpus: 0.5 do not fit the node of this process, .* GPU 0;"):
+        fit(tmp_path, ScalingSettings(num_workers=1, learner_gpus=0.5), "refused", 2)
+    cluster.remove_node(node)
+    wait_for(lambda: sum(found["Alive"] for found in ray.nodes()) == 1)
+
+
 @pytest.mark.ray
 def test_what_goes_beside_the_driver_goes_to_no_other_node(cluster: Any) -> None:
     import ray
-
-    class Where:
-        def node(self) -> str:
-            return ray.get_runtime_context().get_node_id()
 
     node = cluster.add_node(num_cpus=1)
     placed = ray.remote(Where).options(num_cpus=0, scheduling_strategy=beside_the_driver())
@@ -257,7 +289,7 @@ def test_an_adapter_leaves_a_node_that_is_about_to_be_taken_away_without_loss(
         step()
         assert going.node_id in nodes()
         # The learner stays beside the driver, whose node is the one that the run cannot do without.
-        learner = ray._private.state.actors(executor._learner._actor_id.hex())
+        learner = ray._private.state.actors(executor._learner.actor._actor_id.hex())
         assert learner["Address"]["NodeID"] == ray.get_runtime_context().get_node_id()
         accepted, reason = GcsClient(address=cluster.address).drain_node(going.node_id, 2, "spot instance", 2**62)
         assert accepted, reason

@@ -1,14 +1,16 @@
+import dataclasses
 import math
 
 import numpy as np
 import pytest
+import torch
 
 from metadist.core.meta_gradient import Sums
 from metadist.core.outer import OuterSettings
 from metadist.core.plan import Plan, Range, plan_step
 from metadist.distributed.adapter import Adapter
 from metadist.distributed.learner import Learner
-from metadist.errors import NonFiniteError
+from metadist.errors import ClusterError, NonFiniteError
 from metadist.experiment import make_experiment
 from metadist.models import MLP
 from metadist.sections import TrainingSettings
@@ -129,3 +131,23 @@ def test_a_plan_of_another_step_is_refused(experiment):
     learner = Learner(experiment, OUTERS[0], STEPS)
     with pytest.raises(AssertionError, match="at step 0, not 1"):
         give(learner, np.ones(experiment.theta.size), step=1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_learner_that_is_to_be_on_a_gpu_is_refused_where_there_is_none(experiment):
+    with pytest.raises(ClusterError, match=r"scaling.learner_gpus is above 0, but torch sees no CUDA device"):
+        Learner(dataclasses.replace(experiment, learner_device="cuda"), OUTERS[0], STEPS)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_learner_on_a_gpu_agrees_with_one_on_the_cpu_and_goes_on_from_its_state(experiment):
+    on_gpu = Learner(dataclasses.replace(experiment, learner_device="cuda"), OUTERS[0], STEPS)
+    on_cpu = Learner(experiment, OUTERS[0], STEPS)
+    for learner in (on_gpu, on_cpu):
+        go_on(experiment, learner, 0, 2)
+    np.testing.assert_allclose(on_gpu.publish(), on_cpu.publish(), rtol=1e-5, atol=1e-7)
+    again = Learner(dataclasses.replace(experiment, learner_device="cuda"), OUTERS[0], STEPS)
+    again.restore(on_gpu.state())
+    for learner in (on_gpu, again):
+        go_on(experiment, learner, 2, STEPS)
+    np.testing.assert_array_equal(again.publish(), on_gpu.publish())

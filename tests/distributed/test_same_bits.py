@@ -203,26 +203,34 @@ def test_an_adapter_that_dies_with_the_next_step_already_in_hand_is_replaced_onc
     np.testing.assert_array_equal(finals[1].theta, finals[0].theta)
 
 
-def test_a_killed_learner_costs_the_steps_since_the_last_checkpoint_and_no_bit(local_ray: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+def test_a_lost_learner_costs_the_steps_since_the_last_checkpoint_and_no_bit(
+    local_ray: None, tmp_path: Path, how: signal.Signals
+) -> None:
     config = sinusoid(tmp_path, steps=200)
     undisturbed = fit(config, 0, "undisturbed")
-    killed: list[int] = []
+    hurt: list[int] = []
 
-    def kill_the_learner_once() -> None:
+    def hurt_the_learner_once() -> None:
         metrics = tmp_path / "disturbed" / "checkpoints" / "step_00000010" / "manifest.json"
         while not metrics.exists():
             time.sleep(0.01)
         for pid in processes_named("ray::LearnerActor", os.getpid()):
-            os.kill(pid, signal.SIGKILL)
-            killed.append(pid)
+            os.kill(pid, how)
+            hurt.append(pid)
 
-    killer = threading.Thread(target=kill_the_learner_once)
-    killer.start()
+    hurting = threading.Thread(target=hurt_the_learner_once)
+    hurting.start()
     faults = Faults()
-    disturbed = fit(config, 1, "disturbed", faults)
-    killer.join()
+    disturbed = MetaTrainer(
+        config,
+        scaling_config=ScalingSettings(num_workers=1, hung_timeout_s=2.0),
+        run_config=dataclasses.replace(config.run, name="disturbed"),
+        callbacks=[faults],
+    ).fit()
+    hurting.join()
     assert [fault for _, fault in faults.told] == ["learner_lost"]
-    assert len(killed) == 1
+    assert len(hurt) == 1
     assert bits(disturbed) == bits(undisturbed)
 
 
