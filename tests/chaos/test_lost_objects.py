@@ -45,7 +45,7 @@ def hashes(result: Result) -> tuple[str, str]:
 def test_what_is_lost_with_a_node_is_published_or_computed_again_and_costs_no_bit(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-        node = cluster.add_node(num_cpus=1, resources={"there": 1})
+    node = cluster.add_node(num_cpus=1, resources={"there": 1})
     run, step, ask_to_step, lost, asked = RayExecutor.run, RayExecutor.step, RemoteLearner.step, [], []
 
     def copied(array: np.ndarray) -> np.ndarray:
