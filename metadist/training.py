@@ -115,10 +115,9 @@ class MetaTrainer:
             directory.write_json("fingerprint.json", fingerprint)
             callbacks = [lease, *executor.callbacks, *trackers, *self._callbacks]
             journal = stack.enter_context(Journal(config, experiment, directory, console, state, callbacks))
-            train(config, executor, journal, state, stop)
+            final = train(config, executor, journal, state, stop)
             draw_training(directory.local)
             draw_timeline(directory.local)
-            final = executor.state()
             evaluation = None
             if evaluate:
                 evaluation = evaluate_with(executor, config, config.evaluation)
@@ -140,8 +139,11 @@ class MetaTrainer:
 
 def train(
     config: Config, executor: Executor, journal: Journal, state: LearnerState | None, stop: Callable[[], bool]
-) -> None:
-    """Makes the steps that are left after `state`. Raises InterruptedRun where `stop` asks for it."""
+) -> LearnerState:
+    """Makes the steps that are left after `state`; gives the state after the last one.
+
+    Raises InterruptedRun where `stop` asks for it.
+    """
     training, checkpoint_every = config.training, config.run.checkpoint_config.checkpoint_frequency
     step = state.step if state else 0
     while step < training.steps and not stop():
@@ -155,14 +157,17 @@ def train(
             if config.evaluation.every and step % config.evaluation.every == 0:
                 journal.validation(step, validate(config, executor))
             if step % checkpoint_every == 0 or step == training.steps:
-                journal.checkpoint(executor.state())
+                state = executor.state()
+                journal.checkpoint(state)
         except LearnerLostError as error:
-            step = go_back(executor, journal, error)
+            step, state = go_back(executor, journal, error), None
     if step < training.steps:
         if state is None or step > state.step:
             journal.checkpoint(executor.state())
         journal.close()
         raise InterruptedRun(f"Interrupted after step {step} of {training.steps}; the checkpoint is written.")
+    assert state is not None, "a run has at least one step"
+    return state
 
 
 def go_back(executor: Executor, journal: Journal, lost: LearnerLostError) -> int:

@@ -7,7 +7,14 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError, WorkerCrashedError
+from ray.exceptions import (
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from metadist.callbacks import Callback
 from metadist.core.bad_episode import BadEpisode
@@ -43,7 +50,7 @@ POLL_S = 0.25
 MAX_FAILED_STARTS = 3
 """Adapters that die one after another before any of them was ready, until the run gives up."""
 
-_LOST = (RayActorError, WorkerCrashedError)
+_LOST = (RayActorError, WorkerCrashedError, OutOfMemoryError)
 
 
 class RayExecutor:
