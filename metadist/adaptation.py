@@ -17,7 +17,7 @@ from metadist.core.network import Network
 from metadist.core.params import Params
 from metadist.core.task_source import TaskSource
 from metadist.cross_validation import CrossValidation, cross_validate
-from metadist.errors import DataError, UserError
+from metadist.errors import ConfigError, DataError, ModelError, UserError
 from metadist.evaluation import load_run_config, load_state
 from metadist.experiment import Experiment, make_experiment, open_task
 from metadist.held_out import Expectation, expected_accuracy
@@ -194,7 +194,10 @@ def load(run_dir: str, *, step: int | None = None, config: Config | None = None)
     directory, console = RunDirectory(run_dir), Console(stderr=True)
     try:
         config = config or load_run_config(directory)
-        experiment = make_experiment(config, _source(directory, config, console))
+        try:
+            experiment = make_experiment(config, _source(directory, config, console))
+        except (ConfigError, ModelError) as error:
+            raise type(error)(f"{directory.location}: {error}") from None
         state = load_state(directory, experiment, step, console)
     finally:
         directory.close()

@@ -3,6 +3,7 @@
 import copy
 import os
 import shutil
+import traceback
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from metadist.core.meta_gradient import Strategy
 from metadist.core.network import Network, make_network
 from metadist.core.params import Layout
 from metadist.core.task_source import TaskSource, spec_of
-from metadist.errors import ConfigError, ModelError
+from metadist.errors import ConfigError, MetadistError, ModelError, first_line
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,17 @@ def _make_module(config: Config, source: TaskSource) -> nn.Module:
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
-        module = model.embed(source.spec) if embedding else model.build(source.spec)
+        try:
+            module = model.embed(source.spec) if embedding else model.build(source.spec)
+        except MetadistError:
+            raise
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise ModelError(
+                f"model {type(model).__name__} cannot be built for this task: {type(error).__name__}:"
+                f" {first_line(error)} ({place.filename}, line {place.lineno}). Correct section `model`, or the code"
+                " of a model of your own."
+            ) from error
         if not isinstance(module, nn.Module):
             raise ModelError(f"model {type(model).__name__}: build(spec) must return an nn.Module, got {module!r}.")
         return config.algorithm.prepare(module)

@@ -29,6 +29,10 @@ class AdapterActor:
         self.adapter = Adapter(ray.get(experiment[0]))
         return self.adapter.fingerprint(), ray.get_runtime_context().get_node_id()
 
+    def sample_ahead(self, plan: Plan, span: Range) -> None:
+        """Of a call of `sum_range` that follows, and may still wait for its theta."""
+        self.adapter.sample_ahead(plan, span)
+
     def sum_range(self, plan: Plan, span: Range, published: np.ndarray) -> tuple[Receipt, Sums]:
         """A small receipt for the driver, and the sums, which go to the learner without passing the driver."""
         sums = self.adapter.sum_range(plan, span, published)

@@ -31,6 +31,9 @@ from metadist.distributed.seconds import Seconds
 from metadist.errors import ClusterError, MetadistError, NonFiniteError
 from metadist.experiment import Experiment
 
+Sampled = tuple[EpisodeBatch | None, dict[int, str]]
+"""A chunk's episodes, and the tasks that have none; None where no task has one."""
+
 
 class Adapter:
     """Computes sums and scores over ranges of chunks; has no state that a result depends on."""
@@ -40,6 +43,8 @@ class Adapter:
         self.device = torch.device(experiment.device)
         self._source_name = type(experiment.source).__name__
         self._receipt = Receipt()
+        self._sampled: dict[tuple[Plan, int], Sampled] = {}
+        """Chunks that are sampled already; at most those of one range."""
         torch.set_num_threads(experiment.threads)
         self.meta_gradient = MetaGradient(
             experiment.algorithm,
@@ -79,6 +84,12 @@ class Adapter:
             **({"learner": experiment.learner_device} if experiment.learner_device != "cpu" else {}),
         }
 
+    def sample_ahead(self, plan: Plan, span: Range) -> None:
+        """Samples the episodes of a range that `sum_range` will be asked for: they do not depend on theta."""
+        self._sampled.clear()
+        for chunk in range(span.start, span.stop):
+            self._sampled[plan, chunk] = self._sample_for_training(plan, chunk)
+
     def sum_range(self, plan: Plan, span: Range, published: np.ndarray) -> Sums:
         """Sums over an aligned range of chunks, in tree order; `published` is theta and the running statistics."""
         theta, statistics = self._split(published)
@@ -96,13 +107,10 @@ class Adapter:
     def _sum_chunk(self, plan: Plan, chunk: int, theta: torch.Tensor, statistics: torch.Tensor) -> Sums:
         """Sums over one chunk, without its bad tasks where training.on_bad_episode says so."""
         keys, weights = plan.keys(chunk), plan.weights(chunk)
-        where = f"step {plan.step}, chunk {chunk}"
+        where = _place(plan, chunk)
+        ahead = self._sampled.pop((plan, chunk), None)
+        batch, bad = ahead if ahead is not None else self._sample_for_training(plan, chunk)
         began = time.perf_counter()
-        try:
-            batch, bad = self._sample_for_training(where, keys)
-        finally:
-            sampled = time.perf_counter()
-            self._receipt += Receipt(Seconds(sampling=sampled - began))
         try:
             sums = None
             if batch is not None and not bad:
@@ -122,7 +130,7 @@ class Adapter:
         except Exception as error:
             raise named(error, f"{where} (tasks {keys[0]} to {keys[-1]}): adapting") from error
         finally:
-            self._receipt += Receipt(Seconds(adapting=time.perf_counter() - sampled))
+            self._receipt += Receipt(Seconds(adapting=time.perf_counter() - began))
 
     def _sum_good(
         self,
@@ -182,12 +190,15 @@ class Adapter:
             parts.append(EpisodeScores(*(part[:, :kept] for part in scores)))
         return EpisodeScores(*(np.concatenate(part, axis=1) for part in zip(*parts, strict=True)))
 
-    def _sample_for_training(self, where: str, keys: list[TaskKey]) -> tuple[EpisodeBatch | None, dict[int, str]]:
-        """A chunk's episodes, and the tasks that have none; None where no task has one."""
-        if not self.experiment.skips_bad_episodes:
-            return self._sample(where, keys), {}
-        batch, bad = sample_what_can_be(self.experiment.source, keys)
-        return None if batch is None else self._moved(batch), bad
+    def _sample_for_training(self, plan: Plan, chunk: int) -> Sampled:
+        began = time.perf_counter()
+        try:
+            if not self.experiment.skips_bad_episodes:
+                return self._sample(_place(plan, chunk), plan.keys(chunk)), {}
+            batch, bad = sample_what_can_be(self.experiment.source, plan.keys(chunk))
+            return None if batch is None else self._moved(batch), bad
+        finally:
+            self._receipt += Receipt(Seconds(sampling=time.perf_counter() - began))
 
     def _sample(self, where: str, keys: list[TaskKey]) -> EpisodeBatch:
         return self._moved(sample_or_name(self.experiment.source, keys, where))
@@ -200,3 +211,7 @@ class Adapter:
         vector = torch.tensor(published, device=self.device)
         size = self.experiment.theta.size
         return vector[:size], vector[size:]
+
+
+def _place(plan: Plan, chunk: int) -> str:
+    return f"step {plan.step}, chunk {chunk}"

@@ -60,8 +60,8 @@ class RayExecutor:
     join when room comes. A dead one is replaced, and its unfinished ranges go to the others. What a slow
     or hung one is late with (see `Pace`) is given to another too, and the first answer counts.
 
-    While the learner steps, the next step's ranges are already with the adapters, waiting for its
-    theta there: nobody waits for this process in between.
+    While the learner steps, the next step's ranges are already with the adapters, which sample their episodes and
+    wait for its theta: nobody waits for this process in between.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class RayExecutor:
             report, published = self._learner.step(plan, sums)
             if plan.step + 1 < self._num_steps:
                 following = dataclasses.replace(plan, step=plan.step + 1)
-                self._ahead = self._sums(following, published, following.ranges(len(self._free())))
+                self._ahead = self._sums(following, published, following.ranges(len(self._free())), ahead=True)
                 self._ahead.hand_out(self._free())
             try:
                 metrics, seconds = self._learner.ask(report)
@@ -182,8 +182,11 @@ class RayExecutor:
         disconnect, self._disconnect = self._disconnect, lambda: None
         disconnect()
 
-    def _sums(self, plan: Plan, theta: ray.ObjectRef, ranges: list[Range]) -> Work:
+    def _sums(self, plan: Plan, theta: ray.ObjectRef, ranges: list[Range], ahead: bool = False) -> Work:
         def submit(actor: Any, span: Range) -> tuple[ray.ObjectRef, ray.ObjectRef]:
+            if ahead:
+                # While theta is still with the learner. What goes wrong here goes wrong again below, and is seen there.
+                actor.sample_ahead.options(num_returns=0).remote(plan, span)
             call: tuple[ray.ObjectRef, ray.ObjectRef] = actor.sum_range.options(num_returns=2).remote(plan, span, theta)
             return call
 

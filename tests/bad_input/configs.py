@@ -271,6 +271,14 @@ WRONG_CONFIGS: dict[str, tuple[Prepare, str]] = {
         setting("run.storage_path=''"),
         "run.storage_path must be a directory or a URI, got '' (--set) ... Use . for",
     ),
+    "a width that no machine holds": (
+        edited("[4]", "[1000000000000000000]"),
+        "model MLP cannot be built for this task: RuntimeError: ... can't allocate memory ... Correct section `model`",
+    ),
+    "a width that is no number of torch's": (
+        edited("[4]", "[9223372036854775808]"),
+        "model MLP cannot be built for this task: TypeError: ... Correct section `model`",
+    ),
     "a billion laughs": (
         config(LAUGHS),
         "bad.yaml, line 5: holds more than 20000 values, aliases counted where they are used ... Write them out",

@@ -258,3 +258,41 @@ def test_an_adapter_sets_its_own_number_of_threads():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """Sinusoids, and the keys that were asked for."""
+
+    asked: list = dataclasses.field(default_factory=list)
+    source: object = Sinusoid(shots=3, queries=4)
+
+    @property
+    def spec(self):
+        return self.source.spec
+
+    def sample(self, keys):
+        self.asked.extend(keys)
+        return self.source.sample(keys)
+
+
+def test_episodes_sampled_ahead_are_those_of_their_range_alone_and_are_not_sampled_again():
+    experiment = experiment_of(task=Counted())
+    adapter, asked = Adapter(experiment), experiment.source.asked
+    adapter.sample_ahead(plan(), Range(0, 2))
+    ahead = adapter.sum_range(plan(), Range(0, 2), published(experiment))
+    assert asked == [*plan().keys(0), *plan().keys(1)]
+    assert bits(ahead) == bits(Adapter(experiment).sum_range(plan(), Range(0, 2), published(experiment)))
+    # What was sampled for another step is of no use.
+    adapter.sample_ahead(plan(step=5), Range(0, 2))
+    again = adapter.sum_range(plan(), Range(0, 2), published(experiment))
+    assert bits(again) == bits(ahead)
+
+
+def test_what_raises_while_sampling_ahead_raises_again_where_it_is_asked_for():
+    experiment = experiment_of(task=Changed((4,), error=ZeroDivisionError("no such sinusoid")))
+    adapter = Adapter(experiment)
+    with pytest.raises(AdapterError):
+        adapter.sample_ahead(plan(), Range(0, 2))
+    with pytest.raises(AdapterError, match=r"step 4, chunk 1"):
+        adapter.sum_range(plan(), Range(0, 2), published(experiment))
