@@ -22,6 +22,8 @@ class Status:
     """Mean since the start of this call."""
     seconds: Seconds
     """Where the time of the last step went."""
+    peak_device_bytes: int = 0
+    """The most GPU memory that the tensors of one adapter have taken; 0 on CPUs."""
 
 
 class Callback:

@@ -93,7 +93,14 @@ class Journal:
             self._tell_fault("adapter_lost", f"{lost - self._adapters_lost} adapters died and were replaced")
             self._adapters_lost = lost
         recomputed = executor.counters.chunks_recomputed
-        status = Status(executor.num_adapters, lost, recomputed, self.tasks_per_second, executor.seconds)
+        status = Status(
+            executor.num_adapters,
+            lost,
+            recomputed,
+            self.tasks_per_second,
+            executor.seconds,
+            executor.counters.peak_device_bytes,
+        )
         for callback in self._callbacks:
             callback.on_step(step, metrics, status)
 

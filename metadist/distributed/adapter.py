@@ -164,6 +164,8 @@ class Adapter:
     def take_receipt(self) -> Receipt:
         """What sampling and adapting for sums took since the last call, and the last range's bad tasks."""
         taken, self._receipt = self._receipt, Receipt()
+        if self.device.type == "cuda":
+            taken += Receipt(device_bytes=torch.cuda.max_memory_allocated(self.device))
         return taken
 
     def score_range(
@@ -204,7 +206,12 @@ class Adapter:
         return self._moved(sample_or_name(self.experiment.source, keys, where))
 
     def _moved(self, batch: EpisodeBatch) -> EpisodeBatch:
-        return EpisodeBatch(*(Examples(*(tensor.to(self.device) for tensor in part)) for part in batch))
+        if self.device.type == "cpu":
+            return batch
+        # From pinned memory, so that this process need not wait for the copy.
+        return EpisodeBatch(
+            *(Examples(*(part.pin_memory().to(self.device, non_blocking=True) for part in pair)) for pair in batch)
+        )
 
     def _split(self, published: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         # A copy: arrays from Ray's object store are read-only and shared by every process of the node.

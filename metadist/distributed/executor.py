@@ -24,6 +24,8 @@ class Counters:
     chunks_recomputed: int = 0
     chunks_given_twice: int = 0
     """Given to another adapter too, since the first was late."""
+    peak_device_bytes: int = 0
+    """The most GPU memory that the tensors of one adapter have taken; 0 on CPUs."""
 
 
 class Executor(Protocol):

@@ -55,6 +55,7 @@ class InProcessExecutor:
             sums[span] = self._adapter.sum_range(plan, span, theta)
             receipt += self._adapter.take_receipt()
         self.seconds, self.bad_episodes = receipt.seconds, receipt.bad_in_order()
+        self.counters.peak_device_bytes = max(self.counters.peak_device_bytes, receipt.device_bytes)
         return sums
 
     def step(self, plan: Plan, theta: np.ndarray, sums: dict[Range, Sums]) -> dict[str, float]:

@@ -123,6 +123,7 @@ class RayExecutor:
         adapters = max(1, self.num_adapters)
         self.seconds = Seconds(*(total / adapters for total in ahead.receipt.seconds))
         self.bad_episodes = ahead.receipt.bad_in_order()
+        self.counters.peak_device_bytes = max(self.counters.peak_device_bytes, ahead.receipt.device_bytes)
         return results
 
     def step(self, plan: Plan, theta: ray.ObjectRef, sums: dict[Range, ray.ObjectRef]) -> dict[str, float]:

@@ -25,6 +25,7 @@ COUNTERS = {
 GAUGES = {
     "metadist_adapters_alive": "Adapters ready for work.",
     "metadist_tasks_per_second": "Mean since the start of the call.",
+    "metadist_device_memory_bytes": "The most GPU memory that the tensors of one adapter have taken.",
     "metadist_query_loss": "Training tasks' query loss after adaptation, of the last step.",
     "metadist_query_accuracy": "Training tasks' query accuracy after adaptation, of the last step.",
     "metadist_validation_loss": "Of the last validation.",
@@ -58,6 +59,7 @@ class RayMetrics(Callback):
         self._recomputed, self._lost = status.chunks_recomputed, status.adapters_lost
         self._set("metadist_adapters_alive", status.num_adapters)
         self._set("metadist_tasks_per_second", status.tasks_per_second)
+        self._set("metadist_device_memory_bytes", status.peak_device_bytes)
         self._set("metadist_query_loss", metrics["loss"])
         self._set("metadist_query_accuracy", metrics["accuracy"])
         for phase, seconds in status.seconds._asdict().items():

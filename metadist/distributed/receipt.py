@@ -12,9 +12,11 @@ class Receipt(NamedTuple):
     seconds: Seconds = Seconds()
     bad: tuple[BadEpisode, ...] = ()
     """Left out of the sums."""
+    device_bytes: int = 0
+    """The most GPU memory that the adapter's tensors have taken so far; 0 on a CPU."""
 
     def __add__(self, other: "Receipt") -> "Receipt":  # type: ignore[override]
-        return Receipt(self.seconds + other.seconds, self.bad + other.bad)
+        return Receipt(self.seconds + other.seconds, self.bad + other.bad, max(self.device_bytes, other.device_bytes))
 
     def bad_in_order(self) -> list[BadEpisode]:
         """By task, each once: a range that was computed a second time names its own again."""

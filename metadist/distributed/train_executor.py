@@ -104,6 +104,7 @@ class TrainExecutor:
         receipt = sum((part for _, part in replies), Receipt())
         self.seconds = Seconds(*(total / self._size for total in receipt.seconds))
         self.bad_episodes = receipt.bad_in_order()
+        self.counters.peak_device_bytes = max(self.counters.peak_device_bytes, receipt.device_bytes)
         self._done = plan
         # Every rank has made the same step.
         return replies[0][0]
