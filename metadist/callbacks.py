@@ -1,7 +1,7 @@
 """What a run tells while it goes on, for loggers and for whoever wants to watch."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from metadist.distributed.seconds import Seconds
 
@@ -33,6 +33,9 @@ class Callback:
     them. What one raises ends the run; its checkpoints stay.
     """
 
+    awaits_checkpoints: ClassVar[bool] = False
+    """Whether `on_checkpoint` is called when the checkpoint is on disk; training waits for that."""
+
     def on_start(self, config: "Config", run_dir: str, step: int) -> None:
         """Training is about to go on from `step` steps; 0 in a new run."""
 
@@ -43,7 +46,7 @@ class Callback:
         """Mean `loss` and `accuracy` after adaptation on the episodes of a split."""
 
     def on_checkpoint(self, step: int) -> None:
-        """A checkpoint is being written; training goes on meanwhile."""
+        """A checkpoint is being written; training goes on meanwhile, unless `awaits_checkpoints` is set."""
 
     def on_fault(self, step: int, fault: Fault, text: str) -> None:
         """Something was lost after `step` steps and is being made good, or left out of the last of them."""

@@ -17,6 +17,7 @@ from metadist.core.outer import LENGTH_DEPENDENT, OuterSettings
 from metadist.core.settings import as_section
 from metadist.errors import ConfigError
 from metadist.extensions import algorithms, models, tasks
+from metadist.replayed_rates import replay_rates
 from metadist.sections import (
     EvaluationSettings,
     RunSettings,
@@ -83,6 +84,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def config_from_document(document: Document) -> Config:
     """Checks a document's sections against their settings."""
+    replay_rates(document)
     named = {"task": tasks(), "model": models(), "algorithm": algorithms()}
     problems: list[str] = []
     for key in document.data:

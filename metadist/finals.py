@@ -80,10 +80,13 @@ def run_finals(sweep: Sweep, directory: SweepDirectory, console: Console) -> Fin
     best = directory.ranked()[: sweep.final.candidates]
     if not best:
         return None
+    numbers = {f"trial {row['trial']}": row["trial"] for row in best}
     settings: dict[str, Point] = {BASE: {}}
-    settings |= {f"trial {row['trial']}": directory.point(row["trial"]) or {} for row in best}
+    settings |= {name: directory.settings(number) for name, number in numbers.items()}
+    overrides: dict[str, Point] = {BASE: {}}
+    overrides |= {name: directory.overrides(number) for name, number in numbers.items()}
     configs = [
-        _config(sweep, directory, name, point, seed) for name, point in settings.items() for seed in _seeds(sweep)
+        _config(sweep, directory, name, changed, seed) for name, changed in overrides.items() for seed in _seeds(sweep)
     ]
     finals = _summed(sweep, settings, compare(configs, split="test", console=console))
     with replacing(directory.path / FINALS_FILE) as partial:
@@ -97,8 +100,8 @@ def _seeds(sweep: Sweep) -> list[int]:
     return list(range(first, first + sweep.final.seeds))
 
 
-def _config(sweep: Sweep, directory: SweepDirectory, name: str, point: Point, seed: int) -> Config:
-    config = sweep.config(point)
+def _config(sweep: Sweep, directory: SweepDirectory, name: str, overrides: Point, seed: int) -> Config:
+    config = sweep.config(overrides)
     run = dataclasses.replace(
         config.run, storage_path=str(directory.path / "finals"), name=f"{name.replace(' ', '_')}_seed_{seed}"
     )

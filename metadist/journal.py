@@ -123,6 +123,8 @@ class Journal:
         self._bad.flush()
         self._directory.upload()
         self._writer.save(state, self._best_step())
+        if any(callback.awaits_checkpoints for callback in self._callbacks):
+            self._writer.wait()
         for callback in self._callbacks:
             callback.on_checkpoint(state.step)
         self._timeline.restart()

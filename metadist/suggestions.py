@@ -1,7 +1,7 @@
 """Which point a sweep tries next: a fixed list of points, or Optuna's TPE, asked and told."""
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from metadist.errors import UserError
 from metadist.search_space import Distribution
@@ -69,20 +69,19 @@ class OptunaPoints:
             direction=optuna.study.StudyDirection["MAXIMIZE" if sweep.objective.mode == "max" else "MINIMIZE"],
         )
         self._space, self._state = sweep.space, optuna.trial.TrialState
-        self._distributions = {key: as_optuna(value) for key, value in sweep.space.items()}
         self._trials: dict[int, optuna.trial.Trial] = {}
         for point in sweep.first_points[: sweep.num_trials]:
             self._study.enqueue_trial({key: self._space[key].encoded(value) for key, value in point.items()})
 
     def ask(self, number: int, tried: Point | None) -> Point:
-        trial = self._study.ask(self._distributions)
-        if tried is not None and self._point(trial) != tried:
+        trial, point = self._asked()
+        if tried is not None and point != tried:
             # Trials ended in another order than before; what was tried counts, not what would be tried now.
             self._study.tell(trial, state=self._state.FAIL)
             self._study.enqueue_trial({key: self._space[key].encoded(value) for key, value in tried.items()})
-            trial = self._study.ask(self._distributions)
+            trial, _ = self._asked()
         self._trials[number] = trial
-        return tried or self._point(trial)
+        return tried or point
 
     def tell(self, number: int, value: float | None) -> None:
         trial = self._trials[number]
@@ -91,8 +90,24 @@ class OptunaPoints:
         else:
             self._study.tell(trial, value)
 
-    def _point(self, trial: "optuna.trial.Trial") -> Point:
-        return {key: self._space[key].decoded(trial.params[key]) for key in self._space}
+    def _asked(self) -> tuple["optuna.trial.Trial", Point]:
+        """A trial of Optuna's, asked for one key after another: what is searched depends on the values before."""
+        trial = self._study.ask()
+        point: Point = {}
+        for key, distribution in self._space.items():
+            if distribution.applies(point):
+                point[key] = distribution.decoded(suggest(trial, key, distribution))
+        return trial, point
+
+
+def suggest(trial: "optuna.trial.Trial", key: str, distribution: Distribution) -> Any:
+    """Optuna's number for a key."""
+    if distribution.is_listed:
+        return trial.suggest_categorical(key, list(range(len(distribution.values))))
+    low, high = distribution.values
+    if distribution.kind == "randint":
+        return trial.suggest_int(key, low, high)
+    return trial.suggest_float(key, low, high, log=distribution.kind == "loguniform")
 
 
 def as_optuna(distribution: Distribution) -> "optuna.distributions.BaseDistribution":

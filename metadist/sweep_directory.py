@@ -11,9 +11,20 @@ from metadist.config import config_to_dict
 from metadist.config_file import dump_yaml
 from metadist.errors import RunDirectoryError
 from metadist.files import replacing, writing
+from metadist.lineage import (
+    SCHEDULES,
+    branch,
+    branch_directory,
+    changed,
+    rates_at_the_end,
+    read_lineage,
+    run_directories,
+    scheduled,
+)
 from metadist.run_directory import RunDirectory
+from metadist.search_space import as_tuples
 from metadist.sweep import Point, Sweep
-from metadist.trial import OUTCOME_FILE, read_failure, read_outcome, read_reports
+from metadist.trial import OUTCOME_FILE, Report, read_failure, read_outcome, read_reports
 
 SWEEP_FILE = "sweep.json"
 TRIALS = "trials"
@@ -71,30 +82,78 @@ class SweepDirectory:
 
     def begin(self, number: int, point: Point) -> None:
         """Writes down a trial's point before anything is computed with it."""
-        self._write(number, POINT_FILE, point)
+        self._write(self.trial(number), POINT_FILE, point)
 
     def end(self, number: int, outcome: str) -> None:
         """Writes down that a trial is `finished`, was `stopped` by the scheduler, or `failed`."""
-        self._write(number, OUTCOME_FILE, {"outcome": outcome})
+        for place in {self.trial(number), self.run(number)}:
+            self._write(place, OUTCOME_FILE, {"outcome": outcome})
 
-    def _write(self, number: int, name: str, value: Any) -> None:
-        directory = RunDirectory(str(self.trial(number)))
+    def _write(self, place: Path, name: str, value: Any) -> None:
+        directory = RunDirectory(str(place))
         directory.create()
         directory.write_json(name, value)
 
+    def run(self, number: int, step: int | None = None) -> Path:
+        """The run directory in which a trial makes outer step `step`, counted from 1; left out, its last one.
+
+        Only a trial whose rates change in mid-run has more than one.
+        """
+        runs = run_directories(self.trial(number))
+        begun = [run for run in runs if step is None or ((read_lineage(run) or {}).get("step", 0) < step)]
+        return begun[-1]
+
+    def overrides(self, number: int, step: int | None = None) -> Point:
+        """What a trial's config replaces in the base config, in its run directory at that step."""
+        run = self.run(number, step)
+        lineage = read_lineage(run)
+        if lineage is not None:
+            overrides: Point = lineage["overrides"]
+        else:
+            point = self.point(number) or {}
+            overrides = scheduled(point) if self._sweep.scheduler.changes_rates else point
+        return overrides | {"run.storage_path": str(run.parent), "run.name": run.name}
+
+    def branch(self, number: int, source: int, step: int, rates: dict[str, float]) -> Point:
+        """Has a trial go on after a step from where `source` is, with other rates; gives its overrides.
+
+        Where it has done so before, the sweep being resumed, nothing is changed: what was begun counts.
+        """
+        place = branch_directory(self.trial(number), step)
+        if not place.exists():
+            overrides = changed(self.overrides(source, step), step, rates)
+            overrides |= {"run.storage_path": str(place.parent), "run.name": place.name}
+            branch(self.run(source, step), source, step, place, overrides, self._sweep.config(overrides))
+        return self.overrides(number)
+
+    def reports(self, number: int) -> list[Report]:
+        """The validations of a trial, by step."""
+        return read_all_reports(self.trial(number))
+
     def rows(self) -> list[dict[str, Any]]:
-        """One row a trial, in order: number, outcome, steps, last validation, error, and the point's values."""
-        rows = []
-        for number in range(self._sweep.num_trials):
-            point = self.point(number)
-            if point is None:
-                continue
-            directory = RunDirectory(str(self.trial(number)))
-            last = (read_reports(directory) or [{}])[-1]
-            row: dict[str, Any] = {"trial": number, "outcome": read_outcome(directory) or "unfinished"}
-            row |= {"step": last.get("step", 0), "loss": last.get("loss"), "accuracy": last.get("accuracy")}
-            rows.append(row | {"error": read_failure(directory)} | point)
-        return rows
+        """One row a trial, in order: number, outcome, steps, last validation, error, and the point's values.
+
+        Where rates change in mid-run these are the last ones, with the schedules beside them.
+        """
+        return [self.row(number) for number in range(self._sweep.num_trials) if self.point(number) is not None]
+
+    def row(self, number: int) -> dict[str, Any]:
+        """The row of a trial that has begun."""
+        last = (self.reports(number) or [{}])[-1]
+        outcome = read_outcome(RunDirectory(str(self.trial(number))))
+        row: dict[str, Any] = {"trial": number, "outcome": outcome or "unfinished"}
+        row |= {"step": last.get("step", 0), "loss": last.get("loss"), "accuracy": last.get("accuracy")}
+        row |= {"error": read_failure(RunDirectory(str(self.run(number))))}
+        row |= dict.fromkeys(self._sweep.space) | self.settings(number)
+        if self._sweep.scheduler.changes_rates:
+            overrides = self.overrides(number)
+            row |= {key: json.dumps(overrides[key]) for key in SCHEDULES.values() if key in overrides}
+        return row
+
+    def settings(self, number: int) -> Point:
+        """A trial's values of the space; of rates that change in mid-run, the last ones."""
+        point = self.point(number) or {}
+        return point | rates_at_the_end(self.overrides(number)) if self._sweep.scheduler.changes_rates else point
 
     def ranked(self) -> list[dict[str, Any]]:
         """Rows of trials that were validated and did not fail, the best last validation first."""
@@ -116,15 +175,16 @@ class SweepDirectory:
             pq.write_table(pa.table({key: _column(values) for key, values in columns.items()}), partial)
         best = self.best()
         if best is not None:
-            config = config_to_dict(self._sweep.config(self.point(best["trial"]) or {}))
+            config = config_to_dict(self._sweep.config(self.overrides(best["trial"])))
+            config["run"] |= {"storage_path": self._sweep.base["run"]["storage_path"]}
             config["run"] |= {"name": f"{self.path.name}_best"}
             with replacing(self.path / BEST_FILE) as partial:
                 partial.write_text(dump_yaml(config))
 
     def line(self, number: int) -> str:
         """What came of a trial, in a line."""
-        row = next(row for row in self.rows() if row["trial"] == number)
-        point = ", ".join(f"{key} {_shown(row[key])}" for key in self._sweep.space)
+        row = self.row(number)
+        point = ", ".join(f"{key} {_shown(row[key])}" for key in self._sweep.space if row[key] is not None)
         value = row[self._sweep.objective.metric]
         score = "" if value is None else f"  {self._sweep.objective.metric} {value:.4f}"
         return f"trial {number}  {row['outcome']} at step {row['step']}{score}  {point}"
@@ -142,9 +202,9 @@ def read_point(trial: Path) -> Point | None:
     return {key: as_tuples(value) for key, value in json.loads(place.read_text()).items()}
 
 
-def as_tuples(value: Any) -> Any:
-    """A value of a space as it was before JSON made lists of its tuples."""
-    return tuple(as_tuples(item) for item in value) if isinstance(value, list) else value
+def read_all_reports(trial: Path) -> list[Report]:
+    """The validations of a trial, by step, from all of its run directories."""
+    return [report for run in run_directories(trial) for report in read_reports(RunDirectory(str(run)))]
 
 
 def _cell(value: Any) -> Any:

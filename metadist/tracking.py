@@ -157,7 +157,7 @@ class Progress:
         accuracy = metrics["accuracy"]
         parts = [f"step {step}/{self._total}", f"loss {metrics['loss']:.4f}"]
         parts += [] if math.isnan(accuracy) else [f"accuracy {accuracy:.1%}"]
-        parts += [f"{self.tasks_per_second:,.0f} tasks/s", f"ETA {_clock(left)}", f"{adapters} adapters"]
+        parts += [f"{self.tasks_per_second:,.0f} tasks/s", f"ETA {clock(left)}", f"{adapters} adapters"]
         parts += [f"{lost} lost"] if lost else []
         parts += [f"{bad} bad episodes left out"] if bad else []
         line = Text("  ".join(parts))
@@ -167,7 +167,8 @@ class Progress:
             self._console.print(line)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A duration as minutes and seconds, with hours where there are any."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

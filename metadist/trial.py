@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console
 
@@ -56,24 +56,43 @@ def run_trial(config: Config, tell: Callable[[Report], None]) -> None:
 
 
 class _Teller(Callback):
-    """Writes validations down, then tells them."""
+    """Writes validations down, then tells them: each when its checkpoint is there, where it has one.
+
+    A scheduler may end this process while it is told, or have another trial go on from that checkpoint.
+    """
+
+    awaits_checkpoints: ClassVar[bool] = True
 
     def __init__(
         self, config: Config, directory: RunDirectory, reports: list[Report], tell: Callable[[Report], None]
     ) -> None:
-        self._steps, self._directory, self._reports, self._tell = config.training.steps, directory, reports, tell
+        self._steps = config.training.steps
+        self._checkpoint_every = config.run.checkpoint_config.checkpoint_frequency
+        self._directory, self._reports, self._tell = directory, reports, tell
+        self._waiting: Report | None = None
 
     def on_evaluation(self, step: int, split: str, scores: dict[str, float]) -> None:
         if split != "val" or (self._reports and step <= self._reports[-1]["step"]):
             return
         if not math.isfinite(scores["loss"]):
             raise NonFiniteError(f"step {step}: the validation loss is {scores['loss']}")
-        values = {name: value for name, value in scores.items() if math.isfinite(value)}
-        self._reports.append({"step": step} | values)
+        report = {"step": step} | {name: value for name, value in scores.items() if math.isfinite(value)}
+        if step % self._checkpoint_every and step < self._steps:
+            self._write_and_tell(report)
+        else:
+            self._waiting = report
+
+    def on_checkpoint(self, step: int) -> None:
+        if self._waiting is not None:
+            report, self._waiting = self._waiting, None
+            self._write_and_tell(report)
+
+    def _write_and_tell(self, report: Report) -> None:
+        self._reports.append(report)
         self._directory.write_json(REPORTS_FILE, self._reports)
-        # A scheduler may end this process while it is told. The last step is told when its checkpoint is there.
-        if step < self._steps:
-            self._tell(self._reports[-1])
+        # The last one is told when everything else is written too.
+        if report["step"] < self._steps:
+            self._tell(report)
 
 
 def read_reports(directory: RunDirectory) -> list[Report]:

@@ -9,12 +9,19 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune as ray_tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.schedulers import (
+    ASHAScheduler,
+    FIFOScheduler,
+    HyperBandScheduler,
+    MedianStoppingRule,
+    TrialScheduler,
+)
 from ray.tune.search import Searcher
 from rich.console import Console
 from rich.text import Text
@@ -25,11 +32,14 @@ from metadist.distributed.cluster import connect
 from metadist.distributed.placement import resources_per_adapter
 from metadist.errors import ClusterError, ConfigError, InterruptedRun
 from metadist.experiment import open_task
+from metadist.population import Population
 from metadist.reporting.sweep_page import write_sweep_report
 from metadist.sections import ScalingSettings
 from metadist.suggestions import Suggestions, make_suggestions
-from metadist.sweep import Point, Sweep, load_sweep
+from metadist.sweep import Sweep
 from metadist.sweep_directory import SweepDirectory
+from metadist.sweep_file import load_sweep
+from metadist.sweep_progress import SweepProgress
 from metadist.trial import run_trial
 
 
@@ -99,37 +109,40 @@ def tune(
         )
     if sweep.objective.metric == "accuracy" and open_task(config.task).spec.kind == "regression":
         raise ConfigError("objective.metric must be loss for a regression task, got accuracy. Write metric: loss.")
-    disconnect = connect(ScalingSettings(num_workers=0, address=address or scaling.address), console)
-    try:
+    with ExitStack() as stack:
+        stack.callback(connect(ScalingSettings(num_workers=0, address=address or scaling.address), console))
         at_once = trials_at_once(scaling, ray.cluster_resources())
         directory.open(resume)
         at_once = min(at_once, sweep.budget.max_concurrent or at_once, sweep.num_trials)
         console.print(Text(f"{sweep.num_trials} trials, {at_once} at once, into {directory.path}"))
+        numbers: dict[str, int] = {}
+        waits = sweep.scheduler.begins_all_at_once
         # Relative paths in a config mean what they mean to `metadist train`.
         os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
         # Tune's own table would go to stdout, which holds our result alone.
         os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+        # How many trials Tune asks for before those that it has are running: "auto" is the number at once.
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(sweep.num_trials) if waits else "auto"
+        progress = stack.enter_context(SweepProgress(sweep, directory, numbers, console))
         tuner = ray_tune.Tuner(
             ray_tune.with_resources(trainable, trial_resources(scaling)),
             tune_config=ray_tune.TuneConfig(
                 metric=sweep.objective.metric,
                 mode=sweep.objective.mode,
-                search_alg=_Search(sweep, suggestions, directory),
-                scheduler=make_scheduler(sweep),
+                search_alg=_Search(sweep, suggestions, directory, numbers),
+                scheduler=make_scheduler(sweep, directory, numbers, console),
                 num_samples=sweep.num_trials,
-                max_concurrent_trials=at_once,
+                max_concurrent_trials=None if waits else at_once,
             ),
             run_config=ray_tune.RunConfig(
                 storage_path=str(directory.path.resolve()),
                 name=directory.new_attempt(),
                 failure_config=ray_tune.FailureConfig(max_failures=sweep.budget.max_failures),
-                callbacks=[_Outcomes(sweep, directory, console)],
+                callbacks=[progress],
                 verbose=0,
             ),
         )
         results = tuner.fit()
-    finally:
-        disconnect()
     directory.write_results()
     write_sweep_report(str(directory.path))
     ended = [row for row in directory.rows() if row["outcome"] != "unfinished"]
@@ -160,26 +173,48 @@ def trials_at_once(scaling: ScalingSettings, cluster: Mapping[str, float]) -> in
     return room
 
 
-def make_scheduler(sweep: Sweep) -> TrialScheduler:
-    """Tune's own scheduler, its time the outer steps."""
+def make_scheduler(
+    sweep: Sweep, directory: SweepDirectory, numbers: dict[str, int], console: Console
+) -> TrialScheduler:
+    """Tune's own schedulers, their time the outer steps, and ours for populations."""
     scheduler, budget = sweep.scheduler, sweep.budget
     grace = scheduler.grace_steps or budget.every
     if scheduler.name == "asha":
         return ASHAScheduler(
             time_attr="step", max_t=budget.steps, grace_period=grace, reduction_factor=scheduler.reduction_factor
         )
+    if scheduler.name == "hyperband":
+        rounds = max(1, budget.steps // grace)
+        return _HyperBand(grace, time_attr="rounds", max_t=rounds, reduction_factor=scheduler.reduction_factor)
     if scheduler.name == "median":
         return MedianStoppingRule(time_attr="step", grace_period=grace)
+    if scheduler.changes_rates:
+        return Population(sweep, directory, numbers, console)
     return FIFOScheduler()
+
+
+class _HyperBand(HyperBandScheduler):
+    """Tune's, in rounds of `grace` steps: its shortest bracket otherwise begins with a single step."""
+
+    def __init__(self, grace: int, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._grace = grace
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        rounds = result["step"] / self._grace
+        action: str = super().on_trial_result(controller, trial, result | {"rounds": rounds})
+        return action
 
 
 class _Search(Searcher):
     """Gives the trials their numbers, points and run directories, in an order that does not depend on Ray."""
 
-    def __init__(self, sweep: Sweep, suggestions: Suggestions, directory: SweepDirectory) -> None:
+    def __init__(
+        self, sweep: Sweep, suggestions: Suggestions, directory: SweepDirectory, numbers: dict[str, int]
+    ) -> None:
+        """`numbers`, the trials' by Tune's ids, are written here and read by others."""
         super().__init__(metric=sweep.objective.metric, mode=sweep.objective.mode)
-        self._sweep, self._suggestions, self._directory = sweep, suggestions, directory
-        self._numbers: dict[str, int] = {}
+        self._sweep, self._suggestions, self._directory, self._numbers = sweep, suggestions, directory, numbers
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         number = len(self._numbers)
@@ -188,7 +223,7 @@ class _Search(Searcher):
         self._numbers[trial_id] = number
         point = self._suggestions.ask(number, self._directory.point(number))
         self._directory.begin(number, point)
-        return _trial_config(self._sweep, self._directory, number, point)
+        return {"base": self._sweep.base, **self._directory.overrides(number, step=1)}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         value = None if error or not result else result.get(self._sweep.objective.metric)
@@ -203,32 +238,3 @@ class _Search(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         raise NotImplementedError("a sweep is resumed by `metadist tune --resume`")
-
-
-def _trial_config(sweep: Sweep, directory: SweepDirectory, number: int, point: Point) -> dict[str, Any]:
-    run_dir = directory.trial(number)
-    place = {"run.storage_path": str(run_dir.parent), "run.name": run_dir.name}
-    return {"base": sweep.base, **point, **place}
-
-
-class _Outcomes(ray_tune.Callback):
-    """Writes down how each trial ends, and shows it."""
-
-    def __init__(self, sweep: Sweep, directory: SweepDirectory, console: Console) -> None:
-        self._sweep, self._directory, self._console = sweep, directory, console
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Nothing: outcomes lie in the trials' directories."""
-        return {}
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        step = trial.last_result.get("step", 0)
-        self._end(trial, "finished" if step >= self._sweep.budget.steps else "stopped")
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._end(trial, "failed")
-
-    def _end(self, trial: Any, outcome: str) -> None:
-        number = int(trial.config["run.name"])
-        self._directory.end(number, outcome)
-        self._console.print(Text(self._directory.line(number)))

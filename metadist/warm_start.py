@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from metadist.errors import UserError, first_line
+from metadist.search_space import as_tuples
 from metadist.sweep import Point, Sweep
-from metadist.sweep_directory import RESULTS_FILE, SWEEP_FILE, TRIALS, as_tuples, read_point, trial_name
+from metadist.sweep_directory import RESULTS_FILE, SWEEP_FILE, TRIALS, read_point, trial_name
 
 POINTS_EACH = 5
 """Of every earlier sweep."""
@@ -72,6 +73,8 @@ def _best(sweep: Sweep, directory: Path) -> list[Point]:
 def _fitted(sweep: Sweep, tried: Point) -> Point | None:
     point: Point = {}
     for key, distribution in sweep.space.items():
+        if not distribution.applies(point):
+            continue
         value = tried[key] if key in tried else _in_base(sweep, key)
         if not distribution.holds(value):
             return None

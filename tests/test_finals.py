@@ -13,8 +13,9 @@ from metadist.finals import BASE, run_finals
 from metadist.reporting.sweep_page import render_sweep
 from metadist.reporting.sweep_record import read_sweep_record
 from metadist.run_directory import RunDirectory
-from metadist.sweep import FinalSettings, Sweep, load_sweep
+from metadist.sweep import FinalSettings, Sweep
 from metadist.sweep_directory import SweepDirectory
+from metadist.sweep_file import load_sweep
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LOSSES = {0.001: 3.0, 0.01: 1.0, 0.02: 2.0}

@@ -1,6 +1,7 @@
 """Sweep files: what they say, what is drawn from them, and every mistake by its key, value, rule and line."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import pytest
 
 from metadist.errors import ConfigError, RunDirectoryError, UserError
 from metadist.run_directory import RunDirectory
-from metadist.search_space import parse_distribution
+from metadist.search_space import Distribution, parse_distribution
 from metadist.suggestions import make_suggestions
-from metadist.sweep import Sweep, load_sweep
+from metadist.sweep import Sweep
 from metadist.sweep_directory import SweepDirectory
+from metadist.sweep_file import load_sweep
 from metadist.warm_start import with_first_points, with_saved_first_points
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -90,6 +92,81 @@ def test_a_grid_is_every_combination_with_the_last_key_fastest(tmp_path: Path) -
     assert [tuple(point.values()) for point in sweep.points()] == [(0.1, 1), (0.1, 2), (0.2, 1), (0.2, 2)]
 
 
+CONDITIONAL = (
+    "choice(1, 2)",
+    "choice(1, 2)\n  algorithm.inner_optimizer: choice(sgd, momentum, adam)\n"
+    "  algorithm.inner_momentum: uniform(0.5, 0.9) if algorithm.inner_optimizer in (momentum, adam)\n"
+    "  algorithm.inner_decay: uniform(0.8, 0.9) if algorithm.inner_optimizer == adam",
+)
+HAS = {"sgd": (False, False), "momentum": (True, False), "adam": (True, True)}
+"""Of which of the two keys each optimizer has."""
+
+
+@pytest.mark.parametrize("searcher", ["random", "tpe"])
+def test_a_key_is_searched_only_where_its_condition_holds(tmp_path: Path, searcher: str) -> None:
+    if searcher == "tpe":
+        pytest.importorskip("optuna")
+    more = ("trials: 5", "trials: 20"), ("name: random", f"name: {searcher}")
+    sweep = sweep_of(tmp_path, CONDITIONAL, *more)
+    suggestions = make_suggestions(sweep)
+    points = []
+    for number in range(20):
+        points.append(suggestions.ask(number, None))
+        suggestions.tell(number, points[-1]["algorithm.inner_lr"])
+    assert {point["algorithm.inner_optimizer"] for point in points} == set(HAS)
+    for point in points:
+        found = ("algorithm.inner_momentum" in point, "algorithm.inner_decay" in point)
+        assert found == HAS[point["algorithm.inner_optimizer"]]
+        # A key that is not searched has the base config's value.
+        assert (sweep.config(point).algorithm.inner_momentum is not None) == found[0]
+    # A sweep that is resumed asks for the same points.
+    again = make_suggestions(sweep)
+    for number, point in enumerate(points):
+        assert again.ask(number, point) == point
+        again.tell(number, point["algorithm.inner_lr"])
+
+
+def test_conditions_make_a_grid_smaller_and_may_follow_each_other(tmp_path: Path) -> None:
+    grid = (
+        "loguniform(1e-3, 1)",
+        "grid(0.1, 0.2)\n  algorithm.inner_optimizer: grid(sgd, adam)\n"
+        "  algorithm.inner_momentum: grid(0.5, 0.9) if algorithm.inner_optimizer == adam\n"
+        "  algorithm.inner_decay: grid(0.8, 0.9) if algorithm.inner_momentum == 0.9",
+    )
+    sweep = sweep_of(tmp_path, grid, ("choice(1, 2)", "grid(1)"), ("random", "grid"))
+    # For each rate: sgd; adam with 0.5; adam with 0.9 and two decays.
+    assert sweep.num_trials == 2 * (1 + 1 + 2)
+    points = [tuple(point.values()) for point in sweep.points()]
+    expected = [("sgd", 1), ("adam", 0.5, 1), ("adam", 0.9, 0.8, 1), ("adam", 0.9, 0.9, 1)]
+    assert points == [(rate, *rest) for rate in (0.1, 0.2) for rest in expected]
+
+
+def test_a_sweep_with_conditions_is_written_down_and_known_again(tmp_path: Path) -> None:
+    place = ("searcher:", f"run: {{storage_path: {tmp_path}, name: out}}\nsearcher:")
+    sweep = sweep_of(tmp_path, CONDITIONAL, place)
+    SweepDirectory(sweep).open(resume=False)
+    saved = json.loads((tmp_path / "out/sweep.json").read_text())["space"]
+    assert {key: Distribution.from_dict(plain) for key, plain in saved.items()} == sweep.space
+    SweepDirectory(sweep).open(resume=True)
+    other = (CONDITIONAL[0], CONDITIONAL[1].replace("== adam", "== momentum"))
+    # Its decay would be one that momentum cannot have: no config at all.
+    with pytest.raises(ConfigError, match="inner_decay is for inner_optimizer"):
+        sweep_of(tmp_path, other, place)
+    wider = (CONDITIONAL[0], CONDITIONAL[1].replace(" in (momentum, adam)", " == adam"))
+    with pytest.raises(RunDirectoryError, match="space"):
+        SweepDirectory(sweep_of(tmp_path, wider, place)).open(resume=True)
+
+
+@pytest.mark.parametrize("text", ["uniform(2, 6)", "loguniform(1e-3, 10)"])
+def test_a_value_and_its_place_in_an_interval_are_one(text: str) -> None:
+    distribution = parse_distribution(text)
+    assert distribution.place(distribution.values[0]) == 0
+    assert distribution.place(distribution.values[1]) == pytest.approx(1)
+    assert distribution.at(0.25) == pytest.approx({"uniform": 3, "loguniform": 1e-2}[distribution.kind])
+    assert distribution.place(distribution.at(0.7)) == pytest.approx(0.7)
+    assert distribution.at(1.1) == distribution.values[1]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -97,7 +174,10 @@ def test_a_grid_is_every_combination_with_the_last_key_fastest(tmp_path: Path) -
         (("trials: 5", "trials: five"), "budget.trials must be a whole number, got 'five' (FILE, line 8)."),
         (("trials: 5", "trials: 0"), "budget.trials must be >= 1, got 0 (FILE, line 8)."),
         (("steps: 90", "steps: 95"), "budget.steps must be a multiple of budget.every = 10, got 95 (FILE, line 8)."),
-        (("name: asha", "name: ashes"), "scheduler.name must be one of 'asha', 'median' or 'none', got 'ashes'"),
+        (
+            ("name: asha", "name: ashes"),
+            "scheduler.name must be one of 'asha', 'hyperband', 'median', 'pbt', 'pb2' or 'none', got",
+        ),
         (
             ("loguniform(1e-3, 1)", "loguniform(0, 1)"),
             "space.algorithm.inner_lr must have low > 0, since it is uniform in the logarithm, got 'loguniform(0, 1)'"
@@ -113,6 +193,40 @@ def test_a_grid_is_every_combination_with_the_last_key_fastest(tmp_path: Path) -
         (("choice(1, 2)", "grid(1, 2)"), "must not be grid(..) with searcher.name: random (FILE, line 6)."),
         (("name: random", "name: grid"), "space.algorithm.inner_lr must list its values for searcher.name: grid"),
         (("algorithm.inner_steps:", "algorithm.inner_stepz:"), "Did you mean algorithm.inner_steps?"),
+        (
+            ("choice(1, 2)", "choice(1, 2) if algorithm.order == first"),
+            "space.algorithm.inner_steps must depend on a key that stands before it in the space, got algorithm.order"
+            " (FILE, line 6). Before it are algorithm.inner_lr.",
+        ),
+        (
+            ("choice(1, 2)", "choice(1, 2) if algorithm.inner_lr == 0.1"),
+            "must depend on listed values of algorithm.inner_lr (none that are listed), got 0.1",
+        ),
+        (
+            ("choice(1, 2)", "choice(1, 2) if algorithm.inner_lr is 1"),
+            "must have its condition as `if KEY == VALUE` or",
+        ),
+        (("choice(1, 2)", "choice(1, 2) if (1).real == 1"), "must have its condition as `if KEY == VALUE` or"),
+        (
+            ("name: asha, reduction_factor: 3", "name: pbt"),
+            "space.algorithm.inner_steps cannot change in mid-run, as scheduler.name: pbt would have it (FILE, line",
+        ),
+        (
+            ("name: asha, reduction_factor: 3", "name: pb2, perturb_every: 15"),
+            "scheduler.perturb_every must be a multiple of budget.every = 10 and below budget.steps = 90, got 15 (FILE",
+        ),
+        (
+            ("name: asha", "name: asha, perturb_every: 10"),
+            "scheduler.perturb_every is for pbt and pb2, got 10 with asha",
+        ),
+        (
+            ("name: asha, reduction_factor: 3}\nsearcher: {name: random", "name: hyperband}\nsearcher: {name: tpe"),
+            "searcher.name must be random with scheduler.name: hyperband, whose trials all begin before one has told",
+        ),
+        (
+            ("every: 10}\nscheduler: {name: asha", "every: 10, max_concurrent: 1}\nscheduler: {name: hyperband"),
+            "budget.max_concurrent is not for scheduler.name: hyperband, whose trials wait for each other, got 1",
+        ),
         (("scaling.num_workers: 0", "training.steps: 7"), "overrides.training.steps follows from the section budget"),
         (("scaling.num_workers: 0", "outer.lr: -1"), "outer.lr must be > 0, got -1"),
         (("base: ", "base: nowhere"), "no such config file"),

@@ -22,11 +22,15 @@ from metadist.core.algorithm import Algorithm
 from metadist.core.episode import Examples
 from metadist.core.network import Network
 from metadist.core.params import Params
+from metadist.core.schedule import Changes, check_order, rate_at
 from metadist.core.settings import settings
 from metadist.errors import ModelError
 
 RATE = "inner_lr"
 """Meta-parameter of a learned rate: `inner_lr` where all share one, else `inner_lr/<parameter>`."""
+RATE_FACTOR = "inner_lr_factor"
+"""What all rates are multiplied by where they follow a schedule. Nobody learns it; it stands among the meta-parameters
+so that a checkpoint says what rates its theta was made with."""
 
 _pattern = torch.compiler.assume_constant_result(fnmatch.translate)
 """A pattern as a regular expression. torch.compile cannot look into it, and needs to be told that it has no effects."""
@@ -44,6 +48,9 @@ class GradientBased(Algorithm):
 
     inner_lr: Annotated[float, Field(gt=0)] = 0.01
     """Inner-loop step size; Tune searches it in log space. Where rates are learned, what they start from."""
+    inner_lr_schedule: Changes | None = None
+    """What `inner_lr` becomes from given outer steps on: pairs of [step, rate]. Learned rates are multiplied by what
+    that is of `inner_lr`. Evaluation takes the rate of the last step made."""
     inner_steps: Annotated[int, Field(ge=0)] = 1
     """Inner steps while meta-training; `evaluation.inner_steps` says how many at test."""
     order: Literal["first", "second"] = "second"
@@ -72,9 +79,21 @@ class GradientBased(Algorithm):
             raise ValueError(
                 f"inner_decay is for inner_optimizer: rmsprop or adam, not {self.inner_optimizer}. Leave it out."
             )
+        check_order("inner_lr_schedule", self.inner_lr_schedule)
         return self
 
     def extra_parameters(self, network: Network, initial: Params) -> Params:
+        return self._learned_rates(network, initial) | self._rate_factor(0)
+
+    def constants_at(self, step: int) -> Params:
+        return self._rate_factor(step)
+
+    def _rate_factor(self, step: int) -> Params:
+        if self.inner_lr_schedule is None:
+            return {}
+        return {RATE_FACTOR: torch.tensor(rate_at(step, self.inner_lr, self.inner_lr_schedule) / self.inner_lr)}
+
+    def _learned_rates(self, network: Network, initial: Params) -> Params:
         start = self.start(network, initial)
         rate = torch.tensor(self.inner_lr)
         if self.learn_inner_lr == "shared":
@@ -149,6 +168,11 @@ class GradientBased(Algorithm):
         return gradients
 
     def _rate(self, meta: Params, name: str, step: int) -> Tensor | float:
+        rate = self._own_rate(meta, name, step)
+        # Detached: its meta-gradient is 0.
+        return rate if self.inner_lr_schedule is None else rate * meta[RATE_FACTOR].detach()
+
+    def _own_rate(self, meta: Params, name: str, step: int) -> Tensor | float:
         if self.learn_inner_lr == "no":
             return self.inner_lr
         if self.learn_inner_lr == "shared":

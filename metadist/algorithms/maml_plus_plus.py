@@ -78,12 +78,12 @@ class MAMLPlusPlus(GradientBased):
 
     def constants_at(self, step: int) -> Params:
         if not self.multi_step_loss or step >= self.multi_step_loss_steps:
-            return {}
+            return super().constants_at(step)
         share, moved = 1 / self.inner_steps, step / self.multi_step_loss_steps
         early = max(share * (1 - moved), share * LEAST_SHARE)
         weights = torch.full((self.inner_steps,), early)
         weights[-1] = 1 - (self.inner_steps - 1) * early
-        return {LOSS_WEIGHTS: weights}
+        return super().constants_at(step) | {LOSS_WEIGHTS: weights}
 
     def adapt(self, network: Network, meta: Params, support: Examples, num_steps: int) -> list[Params]:
         path = super().adapt(network, meta, support, num_steps)

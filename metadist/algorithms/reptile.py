@@ -44,7 +44,8 @@ class Reptile(GradientBased):
     checkpoint_inner_steps: ClassVar[bool] = False  # type: ignore[misc]
 
     def constants_at(self, step: int) -> Params:
-        return {} if self.inner_batch is None else {SHIFT: torch.tensor(float(step))}
+        shift = {} if self.inner_batch is None else {SHIFT: torch.tensor(float(step))}
+        return super().constants_at(step) | shift
 
     def inner_loss(self, network: Network, params: Params, meta: Params, support: Examples, step: int) -> Tensor:
         if self.inner_batch is not None:

@@ -25,8 +25,9 @@ def tune(sweep: str, resume: bool, earlier: tuple[str, ...], address: str | None
     from metadist.errors import MetadistError
     from metadist.finals import run_finals
     from metadist.reporting.sweep_page import REPORT_FILE, write_sweep_report
-    from metadist.sweep import load_sweep
     from metadist.sweep_directory import BEST_FILE, RESULTS_FILE, SweepDirectory
+    from metadist.sweep_file import load_sweep
+    from metadist.sweep_progress import shown
     from metadist.tuning import tune as run_sweep
     from metadist.warm_start import with_first_points, with_saved_first_points
 
@@ -57,7 +58,7 @@ def tune(sweep: str, resume: bool, earlier: tuple[str, ...], address: str | None
     )
     for row in scored + [row for row in rows if row[metric] is None]:
         value = "" if row[metric] is None else f"{row[metric]:.4f}"
-        values = (f"{row[key]:.4g}" if isinstance(row[key], float) else str(row[key]) for key in settings.space)
+        values = (shown(row[key]) for key in settings.space)
         table.add_row(str(row["trial"]), row["outcome"], str(row["step"]), value, *values)
     result_console().print(table)
     for row in rows:

@@ -69,7 +69,8 @@ class Algorithm(ABC):
     def constants_at(self, step: int) -> Params:
         """Tensors beside the meta-parameters that change with the outer step (annealed weights); none by default.
 
-        While training they stand in `meta` under their names, as constants of the meta-gradient.
+        While training they stand in `meta` under their names, as constants of the meta-gradient. One that is among
+        the extra parameters too is kept there as it was in the last step, for evaluation.
         """
         del step
         return {}

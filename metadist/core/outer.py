@@ -4,9 +4,10 @@ import math
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from metadist.core.schedule import Changes, check_order, rate_at
 from metadist.core.settings import settings
 from metadist.errors import NonFiniteError
 
@@ -23,6 +24,9 @@ class OuterSettings:
 
     optimizer: Literal["sgd", "adam", "adamw"] = "adam"
     lr: Positive = 1e-3
+    lr_schedule: Changes | None = None
+    """What `lr` becomes from given steps on: pairs of [step, rate]. `from RUN`, with the directory of a run or of a
+    sweep, stands for all its rates, outer and inner, from the first step to the last."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Adam and AdamW."""
     eps: Positive = 1e-8
@@ -43,20 +47,26 @@ class OuterSettings:
     clip_value: Positive | None = None
     """The largest absolute value of each of its elements (MAML's code uses 10 on miniImageNet)."""
 
+    @model_validator(mode="after")
+    def _refuse_disorder(self) -> "OuterSettings":
+        check_order("lr_schedule", self.lr_schedule)
+        return self
+
     def lr_at(self, step: int, num_steps: int) -> float:
         """The rate of step `step` (from 0) in a run of `num_steps`."""
+        lr = rate_at(step, self.lr, self.lr_schedule)
         if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
+            return lr * (step + 1) / self.warmup_steps
         done = step - self.warmup_steps
         share = min(1.0, done / max(1, num_steps - self.warmup_steps))
         if self.schedule == "cosine":
             # Loshchilov & Hutter 2017 (arXiv:1608.03983), eq. 5, without restarts.
-            return self.final_lr + (self.lr - self.final_lr) * (1 + math.cos(math.pi * share)) / 2
+            return self.final_lr + (lr - self.final_lr) * (1 + math.cos(math.pi * share)) / 2
         if self.schedule == "linear":
-            return self.final_lr + (self.lr - self.final_lr) * (1 - share)
+            return self.final_lr + (lr - self.final_lr) * (1 - share)
         if self.schedule == "step":
-            return self.lr * self.decay_factor ** (done // self.decay_every)
-        return self.lr
+            return lr * self.decay_factor ** (done // self.decay_every)
+        return lr
 
     @property
     def schedule_depends_on_length(self) -> bool:

@@ -45,6 +45,7 @@ class Learner:
                 "scaling.learner_gpus is above 0, but torch sees no CUDA device where the learner is. Set it to 0, or"
                 " start the run on a node where `metadist doctor` lists a GPU."
             )
+        self._algorithm, self._layout = experiment.algorithm, experiment.theta
         self._statistics = experiment.initial_statistics.copy()
         self._loop = loop(outer, torch.tensor(experiment.initial_theta, device=self._device), num_steps)
         self._step = 0
@@ -71,12 +72,21 @@ class Learner:
         mean = Sums(*(part / np.float32(tasks) for part in total))
         reduced = time.perf_counter()
         report = self._loop.step(self._step, torch.from_numpy(mean.gradient).to(self._device))
+        self._keep_constants()
         if self._statistics.size:
             momentum = np.float32(STATISTICS_MOMENTUM)
             self._statistics = (1 - momentum) * self._statistics + momentum * mean.statistics
         self._step += 1
         self.seconds = Seconds(reducing=reduced - began, stepping=time.perf_counter() - reduced)
         return dict(zip(METRICS, map(float, mean.metrics), strict=True)) | report
+
+    def _keep_constants(self) -> None:
+        """Meta-parameters that were constants of this step stand in theta as they were."""
+        constants = self._algorithm.constants_at(self._step)
+        kept = [name for name in constants if name in self._layout.shapes]
+        theta = self._layout.unflatten(self._loop.theta.detach()) if kept else {}
+        for name in kept:
+            theta[name].copy_(constants[name])
 
     def state(self) -> LearnerState:
         """A copy of everything, for a checkpoint."""

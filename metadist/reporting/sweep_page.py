@@ -1,6 +1,5 @@
 """`report.html` of a sweep: where the good settings lie, how trials went, and what mattered."""
 
-import math
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ def render_sweep(record: SweepRecord) -> str:
         "On test tasks": _finals(record),
         "Where good settings lie": _map(record),
         "How trials went": _curves(record),
+        "How rates changed": _schedules(record),
         "What mattered": _importance(record),
         "All settings": _parallel(record),
         "Trials": _table(record),
@@ -48,7 +48,7 @@ def _lead(record: SweepRecord) -> str:
     if not ranked:
         return '<p class="lead">No trial has come to a validation yet.</p>'
     best = ranked[0]
-    settings = ", ".join(f"{key} = {shown(best.point[key])}" for key in record.space)
+    settings = ", ".join(f"{key} = {shown(value)}" for key, value in best.settings.items())
     text = (
         f"The best of {len(record.trials)} trials reached {_score(record, best)} on validation tasks with {settings}."
     )
@@ -58,13 +58,13 @@ def _lead(record: SweepRecord) -> str:
 def _edges(record: SweepRecord, best: Trial) -> str:
     """Which values of the best setting lie near an end of their interval: the optimum may be beyond."""
     at_edge = []
-    for key, distribution in record.space.items():
+    for key, value in best.settings.items():
+        distribution = record.space[key]
         if distribution.is_listed:
             continue
-        share = _place(distribution, best.point[key])
-        if share < 0.05 or share > 0.95:
+        if not 0.05 <= distribution.place(value) <= 0.95:
             low, high = distribution.values
-            at_edge.append(f"{key} = {shown(best.point[key])} in {shown(low)} to {shown(high)}")
+            at_edge.append(f"{key} = {shown(value)} in {shown(low)} to {shown(high)}")
     if not at_edge:
         return ""
     said = f"Near an end of its interval: {'; '.join(at_edge)}. The best may lie beyond: widen it."
@@ -124,11 +124,12 @@ def _map(record: SweepRecord) -> str:
         y_log=record.space[up].kind == "loguniform",
     )
     # The best are drawn last, above all others.
-    for trial in reversed(record.ranked()):
-        x, y = trial.point[across], trial.point[up]
+    for trial in reversed([trial for trial in record.ranked() if across in trial.settings and up in trial.settings]):
+        x, y = trial.settings[across], trial.settings[up]
         chart.shaded_point(x, y, heat[trial.number], _title(record, trial))
-    best = record.ranked()[0]
-    chart.ring(best.point[across], best.point[up])
+    best = record.ranked()[0].settings
+    if across in best and up in best:
+        chart.ring(best[across], best[up])
     note = (
         f"Each dot is a trial, blue the best and red the worst by its last {record.metric}; the ring is the best."
         " Trials that were stopped early are judged by where they stopped."
@@ -163,6 +164,37 @@ def _curves(record: SweepRecord) -> str:
             chart.shaded_point(steps[-1], scores[-1], heat[trial.number], "stopped", r=2.5)
     note = f"One line a trial, blue the best and red the worst; a dot where {record.scheduler} stopped it."
     return f'<p class="note">{escape(note)}</p>{chart.svg().replace("chart", "chart large", 1)}'
+
+
+def _schedules(record: SweepRecord) -> str:
+    """Of a population, each rate against steps: what each trial's theta was made with, from the first step on."""
+    keys = [key for key in record.space if any(key in trial.schedules for trial in record.trials)]
+    heat, charts = record.heat(), []
+    for key in keys:
+        chart = Chart(
+            f"{key} against steps",
+            (0, record.steps),
+            _limits(record.space[key]),
+            x_title="step",
+            y_title=key,
+            width=560,
+            height=260,
+            y_log=record.space[key].kind == "loguniform",
+        )
+        for trial in reversed(record.ranked()):
+            changes = trial.schedules[key]
+            ends = [step for step, _ in changes[1:]] + [record.steps]
+            steps = [place for (begin, _), end in zip(changes, ends, strict=True) for place in (begin, end)]
+            rates = [rate for _, rate in changes for _ in range(2)]
+            chart.shaded_line(steps, rates, heat[trial.number], _title(record, trial))
+        charts.append(chart.svg().replace("chart", "chart large", 1))
+    if not charts:
+        return ""
+    note = (
+        "One line a trial, blue the best and red the worst: the rates that its theta was made with, also while that was"
+        " another trial's. `outer.lr_schedule: from` this directory replays the best one in `metadist train`."
+    )
+    return f'<p class="note">{note}</p>{"".join(charts)}'
 
 
 def _importance(record: SweepRecord) -> str:
@@ -201,8 +233,9 @@ def _parallel(record: SweepRecord) -> str:
         chart.text(number, 1, f" {shown(_ends(record.space[key])[1])}")
         chart.text(number, 0, f" {shown(_ends(record.space[key])[0])}")
     for trial in reversed(record.ranked()):
-        places = [_place(record.space[key], trial.point[key]) for key in keys]
-        chart.shaded_line(range(len(keys)), places, heat[trial.number], _title(record, trial))
+        axes = [axis for axis, key in enumerate(keys) if key in trial.settings]
+        places = [record.space[keys[axis]].place(trial.settings[keys[axis]]) for axis in axes]
+        chart.shaded_line(axes, places, heat[trial.number], _title(record, trial))
     labels = [key.rpartition(".")[2] for key in keys]
     note = "One line a trial, blue the best and red the worst. Logarithmic where the space is."
     return f'<p class="note">{note}</p>{chart.svg(labels).replace("chart", "chart large", 1)}'
@@ -220,7 +253,7 @@ def _table(record: SweepRecord) -> str:
             trial.outcome if trial.error is None else f"{trial.outcome}: {trial.error}",
             str(trial.reports[-1]["step"]) if trial.reports else "0",
             "" if value is None else _score(record, trial),
-            *(shown(trial.point[key]) for key in record.space),
+            *(shown(trial.settings.get(key, "")) for key in record.space),
         ]
         rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
     left = len(record.trials) - SHOWN_TRIALS
@@ -229,7 +262,7 @@ def _table(record: SweepRecord) -> str:
 
 
 def _title(record: SweepRecord, trial: Trial) -> str:
-    settings = ", ".join(f"{key} {shown(value)}" for key, value in trial.point.items())
+    settings = ", ".join(f"{key} {shown(value)}" for key, value in trial.settings.items())
     return f"trial {trial.number}, {trial.outcome}: {_score(record, trial)}; {settings}"
 
 
@@ -251,16 +284,6 @@ def _limits(distribution: Distribution) -> tuple[float, float]:
         return low / room, high * room
     room = 0.03 * (high - low)
     return low - room, high + room
-
-
-def _place(distribution: Distribution, value: Any) -> float:
-    """Where a value lies, from 0, the low end, to 1."""
-    if distribution.is_listed:
-        return distribution.encoded(value) / max(1, len(distribution.values) - 1)
-    low, high = distribution.values
-    if distribution.kind == "loguniform":
-        return math.log(value / low) / math.log(high / low)
-    return float((value - low) / (high - low))
 
 
 def shown(value: Any) -> str:

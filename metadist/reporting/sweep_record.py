@@ -8,12 +8,13 @@ from typing import Any
 
 from metadist.errors import UserError
 from metadist.finals import FINALS_FILE
+from metadist.lineage import SCHEDULES, read_lineage, run_directories, scheduled
 from metadist.run_directory import RunDirectory
 from metadist.search_space import Distribution
 from metadist.suggestions import as_optuna
-from metadist.sweep import Point
-from metadist.sweep_directory import SWEEP_FILE, TRIALS, as_tuples, read_point
-from metadist.trial import Report, read_failure, read_outcome, read_reports
+from metadist.sweep import Point, SchedulerSettings
+from metadist.sweep_directory import SWEEP_FILE, TRIALS, read_all_reports, read_point
+from metadist.trial import Report, read_failure, read_outcome
 
 FEWEST_FOR_IMPORTANCE = 8
 """Trials: fewer say nothing of what mattered."""
@@ -25,9 +26,17 @@ class Trial:
 
     number: int
     point: Point
+    """What it was begun with."""
+    schedules: dict[str, list[tuple[int, float]]]
+    """By key, its rates from steps on; empty where rates do not change."""
     outcome: str
     reports: list[Report]
     error: str | None
+
+    @property
+    def settings(self) -> Point:
+        """The point; of rates that changed in mid-run, the last ones."""
+        return self.point | {key: changes[-1][1] for key, changes in self.schedules.items()}
 
     def last(self, metric: str) -> float | None:
         value: float | None = self.reports[-1].get(metric) if self.reports else None
@@ -92,10 +101,10 @@ class SweepRecord:
         study = optuna.create_study(direction="maximize" if self.sign > 0 else "minimize")
         distributions = {key: as_optuna(distribution) for key, distribution in self.space.items()}
         for trial in scored:
-            params = {key: distribution.encoded(trial.point[key]) for key, distribution in self.space.items()}
-            study.add_trial(
-                optuna.trial.create_trial(params=params, distributions=distributions, value=values[trial.number])
-            )
+            # A key that some trials do not have is left out of account.
+            params = {key: self.space[key].encoded(value) for key, value in trial.point.items()}
+            known = {key: distributions[key] for key in params}
+            study.add_trial(optuna.trial.create_trial(params=params, distributions=known, value=values[trial.number]))
         if find_spec("sklearn"):
             fanova = optuna.importance.FanovaImportanceEvaluator(seed=0)
             return "functional ANOVA", optuna.importance.get_param_importances(study, evaluator=fanova)
@@ -113,7 +122,8 @@ def read_sweep_record(directory: str) -> SweepRecord:
     finals = place / FINALS_FILE
     try:
         saved = json.loads((place / SWEEP_FILE).read_text())
-        space = {key: Distribution(kind, as_tuples(values)) for key, (kind, *values) in saved["space"].items()}
+        space = {key: Distribution.from_dict(value) for key, value in saved["space"].items()}
+        changes_rates = SchedulerSettings(**saved["scheduler"]).changes_rates
         return SweepRecord(
             location=directory,
             name=place.absolute().name,
@@ -124,15 +134,23 @@ def read_sweep_record(directory: str) -> SweepRecord:
             searcher=saved["searcher"]["name"],
             scheduler=saved["scheduler"]["name"],
             finals=json.loads(finals.read_text()) if finals.exists() else None,
-            trials=[trial for trial in map(_trial, sorted((place / TRIALS).glob("*"))) if trial is not None],
+            trials=[_trial(trial, changes_rates) for trial in sorted((place / TRIALS).glob("*")) if read_point(trial)],
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{place / SWEEP_FILE}: missing or damaged. Give the directory of a sweep.") from None
 
 
-def _trial(place: Path) -> Trial | None:
-    point, directory = read_point(place), RunDirectory(str(place))
-    if point is None:
-        return None
-    outcome = read_outcome(directory) or "unfinished"
-    return Trial(int(place.name), point, outcome, read_reports(directory), read_failure(directory))
+def _trial(place: Path, changes_rates: bool) -> Trial:
+    point, run = read_point(place) or {}, run_directories(place)[-1]
+    schedules: dict[str, list[tuple[int, float]]] = {}
+    if changes_rates:
+        overrides = (read_lineage(run) or {}).get("overrides") or scheduled(point)
+        schedules = {key: overrides[name] for key, name in SCHEDULES.items() if name in overrides}
+    return Trial(
+        number=int(place.name),
+        point=point,
+        schedules=schedules,
+        outcome=read_outcome(RunDirectory(str(place))) or "unfinished",
+        reports=read_all_reports(place),
+        error=read_failure(RunDirectory(str(run))),
+    )
