@@ -36,6 +36,10 @@ class Population(FIFOScheduler):
         self._arrived: dict[Trial, float] = {}
         """Scores of those that have come to it."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its parts, and what was decided lies in the trials' directories."""
+        return {}
+
     def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """A trial that was paused tells again what it told before; that is left aside."""
         if result["step"] < self._end or self._end >= self._sweep.budget.steps:

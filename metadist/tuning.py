@@ -133,6 +133,7 @@ def tune(
                 scheduler=make_scheduler(sweep, directory, numbers, console),
                 num_samples=sweep.num_trials,
                 max_concurrent_trials=None if waits else at_once,
+                reuse_actors=True,
             ),
             run_config=ray_tune.RunConfig(
                 storage_path=str(directory.path.resolve()),

@@ -7,6 +7,8 @@ from tests.chaos.actor_manager import ACTORS, ROUNDS, rounds
 from tests.chaos.disturbed_run import CHECKPOINT_EVERY, disturb, three_nodes
 from tests.chaos.resume import killed_and_resumed
 from tests.chaos.schedule import KINDS, schedule
+from tests.chaos.sweep import SCHEDULERS
+from tests.chaos.sweep import killed_and_resumed as killed_and_resumed_sweep
 
 pytestmark = pytest.mark.chaos
 
@@ -34,6 +36,13 @@ def test_forty_of_forty_calls_of_unreliable_actors_give_their_result() -> None:
     assert outcome.equal_bits
     assert outcome.crashed
     assert outcome.raised
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_sweep_killed_at_ten_random_moments_ends_with_the_table_of_an_undisturbed_one(scheduler: str) -> None:
+    outcome = killed_and_resumed_sweep(scheduler, 10, seed=1, console=Console(stderr=True))
+    assert outcome.killed == 10
+    assert outcome.equal, outcome.table
 
 
 def test_a_run_killed_at_fifty_random_moments_goes_on_with_equal_bits_each_time() -> None:

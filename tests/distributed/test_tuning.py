@@ -12,10 +12,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
+from metadist import MetaTrainer
 from metadist.config import load_config
 from metadist.distributed.placement import adapter_options
 from metadist.errors import ClusterError
+from metadist.lineage import read_lineage
 from metadist.sections import ScalingSettings
 from metadist.trial import run_trial
 from metadist.tuning import trials_at_once, tune
@@ -24,7 +27,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 WAIT_S = 300
 
 
-def write_sweep(folder: Path, *, workers: int, trials: int, scheduler: str, searcher: str, at_once: int) -> Path:
+def write_sweep(folder: Path, *, workers: int, trials: int, scheduler: str, searcher: str, at_once: int | None) -> Path:
     path = folder / "mine.yaml"
     path.write_text(
         f"""\
@@ -37,8 +40,8 @@ overrides:
 space:
   algorithm.inner_lr: loguniform(1e-3, 0.1)
 objective: {{metric: loss}}
-budget: {{trials: {trials}, steps: 9, every: 1, max_concurrent: {at_once}}}
-scheduler: {{name: {scheduler}}}
+budget: {{trials: {trials}, steps: 9, every: 1, max_concurrent: {json.dumps(at_once)}}}
+scheduler: {scheduler}
 searcher: {{name: {searcher}}}
 run: {{storage_path: {folder}, name: sweep}}
 """
@@ -86,7 +89,7 @@ def two_cpus(ray_home: dict[str, str]) -> Iterator[None]:
 def test_two_trials_with_an_adapter_each_share_two_cpus_and_the_best_config_trains_to_the_same_bits(
     tmp_path: Path,
 ) -> None:
-    path = write_sweep(tmp_path, workers=1, trials=2, scheduler="none", searcher="random", at_once=2)
+    path = write_sweep(tmp_path, workers=1, trials=2, scheduler="{name: none}", searcher="random", at_once=2)
     results = tune(path)
     assert results.num_terminated == 2
     table = pq.read_table(tmp_path / "sweep/results.parquet").to_pylist()
@@ -98,12 +101,62 @@ def test_two_trials_with_an_adapter_each_share_two_cpus_and_the_best_config_trai
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("two_cpus")
+@pytest.mark.parametrize("scheduler", ["pbt", "pb2"])
+def test_a_population_takes_over_what_is_better_and_a_lineage_is_trained_again_to_the_same_bits(
+    tmp_path: Path, scheduler: str
+) -> None:
+    settings = f"{{name: {scheduler}, perturb_every: 3, quantile: 0.3}}"
+    path = write_sweep(tmp_path, workers=0, trials=3, scheduler=settings, searcher="random", at_once=None)
+    assert tune(path).num_terminated == 3
+    table = pq.read_table(tmp_path / "sweep/results.parquet").to_pylist()
+    assert [(row["outcome"], row["step"]) for row in table] == [("finished", 9)] * 3
+    reports = {run: json.loads((run / "reports.json").read_text()) for run in (tmp_path / "sweep").rglob("trials/*")}
+    # After step 3 the worst of three goes on from the best.
+    losses = {run.name: told[2]["loss"] for run, told in reports.items()}
+    (branch,) = (tmp_path / "sweep").glob("trials/*/from_step_00000003")
+    assert branch.parent.name == max(losses, key=losses.__getitem__)
+    lineage = read_lineage(branch)
+    assert f"{lineage['from']:05d}" == min(losses, key=losses.__getitem__)
+    assert_a_lineage_is_trained_again(tmp_path / "sweep", tmp_path / "again")
+
+
+def assert_a_lineage_is_trained_again(sweep: Path, run_dir: Path) -> None:
+    """`train` with the config of a trial that took over another's theta gives its bits."""
+    lineage = max((sweep / "trials").glob("*/from_*"), key=lambda place: place.name)
+    config = load_config(lineage / "config.yaml", [f"run.storage_path={run_dir.parent}", f"run.name={run_dir.name}"])
+    assert len(config.algorithm.inner_lr_schedule) > 1
+    MetaTrainer(config, console=Console(quiet=True)).fit(evaluate=False)
+    for name in ("theta", "optimizer"):
+        file = f"checkpoints/step_00000009/{name}.safetensors"
+        assert (run_dir / file).read_bytes() == (lineage / file).read_bytes()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("two_cpus")
+def test_hyperband_halves_its_brackets(tmp_path: Path) -> None:
+    # Nine rounds by a factor of three: brackets of 3 trials for 9 rounds, 5 for 3 and 9 for 1; the first two are here.
+    path = write_sweep(tmp_path, workers=0, trials=8, scheduler="{name: hyperband}", searcher="random", at_once=None)
+    tune(path)
+    table = pq.read_table(tmp_path / "sweep/results.parquet").to_pylist()
+    assert [row["step"] for row in table[:3]] == [9] * 3
+    steps = {row["trial"]: row["step"] for row in table[3:]}
+    assert sorted(steps.values()) == [3, 3, 3, 9, 9]
+    after_three = {
+        number: json.loads((tmp_path / f"sweep/trials/{number:05d}/reports.json").read_text())[2]["loss"]
+        for number in steps
+    }
+    best = sorted(after_three, key=after_three.__getitem__)[:2]
+    assert sorted(best) == sorted(number for number, step in steps.items() if step == 9)
+
+
+@pytest.mark.ray
 def test_a_sweep_whose_driver_is_killed_goes_on_to_the_same_table(ray_home: dict[str, str], tmp_path: Path) -> None:
     tables = []
     for name in ("undisturbed", "killed"):
         folder = tmp_path / name
         folder.mkdir()
-        path = write_sweep(folder, workers=0, trials=3, scheduler="asha", searcher="tpe", at_once=1)
+        path = write_sweep(folder, workers=0, trials=3, scheduler="{name: asha}", searcher="tpe", at_once=1)
         command = [sys.executable, "-m", "metadist", "tune", str(path), "--json"]
         if name == "killed":
             kill_in_the_second_trial(command, ray_home, folder / "sweep/trials/00001/reports.json")
