@@ -1,12 +1,15 @@
 """How a population's members come by other rates: PBT perturbs those of the best, PB2 asks a Gaussian process."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
+from metadist.errors import UserError
 from metadist.search_space import Distribution
 
 Rates = dict[str, float]
@@ -56,6 +59,12 @@ class Bandit(Perturbation):
     """
 
     def __init__(self, space: dict[str, Distribution]) -> None:
+        """Raises UserError where scikit-learn, which fits the process, is not installed."""
+        if find_spec("sklearn") is None:
+            raise UserError(
+                "scheduler.name: pb2 needs scikit-learn, which is not installed. Install it with `pip install"
+                " 'metadist[tune]'`, or use scheduler.name: pbt."
+            )
         super().__init__(space)
         self._began: dict[int, tuple[int, float]] = {}
         """By trial, the step and the score with which its generation began."""
@@ -81,9 +90,13 @@ class Bandit(Perturbation):
         if not self._gains:
             return super().explore(member, source, random)
         from ray.tune.schedulers.pb2 import _select_config
+        from threadpoolctl import threadpool_limits
 
         given: Any = np.array(self._chosen) if self._chosen else None
-        with numpy_seeded(int(random.integers(2**32))):
+        seed = int(random.integers(2**32))
+        # One thread: the same bits for any number of cores.
+        with numpy_seeded(seed), threadpool_limits(1), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # That a length scale of the fit is at its bound.
             found = _select_config(
                 np.array(self._known),
                 np.array(self._gains),

@@ -95,6 +95,9 @@ def tune(
     console = console or Console(stderr=True)
     suggestions = make_suggestions(sweep)
     directory = SweepDirectory(sweep)
+    numbers: dict[str, int] = {}
+    scheduler = make_scheduler(sweep, directory, numbers, console)
+    waits = sweep.scheduler.begins_all_at_once
     config = sweep.config({})
     scaling = config.scaling
     if scaling.backend == "train":
@@ -115,8 +118,6 @@ def tune(
         directory.open(resume)
         at_once = min(at_once, sweep.budget.max_concurrent or at_once, sweep.num_trials)
         console.print(Text(f"{sweep.num_trials} trials, {at_once} at once, into {directory.path}"))
-        numbers: dict[str, int] = {}
-        waits = sweep.scheduler.begins_all_at_once
         # Relative paths in a config mean what they mean to `metadist train`.
         os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
         # Tune's own table would go to stdout, which holds our result alone.
@@ -130,7 +131,7 @@ def tune(
                 metric=sweep.objective.metric,
                 mode=sweep.objective.mode,
                 search_alg=_Search(sweep, suggestions, directory, numbers),
-                scheduler=make_scheduler(sweep, directory, numbers, console),
+                scheduler=scheduler,
                 num_samples=sweep.num_trials,
                 max_concurrent_trials=None if waits else at_once,
                 reuse_actors=True,
