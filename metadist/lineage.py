@@ -56,6 +56,11 @@ def read_lineage(directory: Path) -> dict[str, Any] | None:
     return json.loads(place.read_text()) if place.exists() else None
 
 
+def has_checkpoint(run: Path, step: int) -> bool:
+    """Whether a run directory still holds what it was after a step."""
+    return (run / "checkpoints" / checkpoint_name(step) / "manifest.json").exists()
+
+
 def branch(source: Path, number: int, step: int, place: Path, overrides: dict[str, Any], config: Config) -> None:
     """Makes `place`, whole or not at all: the run in `source`, of trial `number`, as it was after `step` steps.
 

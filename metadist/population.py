@@ -76,7 +76,7 @@ class Population(FIFOScheduler):
             rates = self._explorer.explore(members[trial], source, random)
             overrides = self._directory.branch(members[trial].number, source.number, step, rates)
             trial.set_config({"base": self._sweep.base, **overrides})
-            shown = ", ".join(f"{key} {rate:.4g}" for key, rate in rates.items())
+            shown = ", ".join(f"{key} {rate:.4g}" for key, rate in rates_at_the_end(overrides).items())
             self._console.print(
                 Text(f"step {step}: trial {members[trial].number} goes on from trial {source.number} with {shown}")
             )

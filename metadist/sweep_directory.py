@@ -16,6 +16,7 @@ from metadist.lineage import (
     branch,
     branch_directory,
     changed,
+    has_checkpoint,
     rates_at_the_end,
     read_lineage,
     run_directories,
@@ -117,14 +118,15 @@ class SweepDirectory:
     def branch(self, number: int, source: int, step: int, rates: dict[str, float]) -> Point:
         """Has a trial go on after a step from where `source` is, with other rates; gives its overrides.
 
-        Where it has done so before, the sweep being resumed, nothing is changed: what was begun counts.
+        Where it has done so before, the sweep being resumed, nothing is changed: what was begun counts. It stays where
+        it is if `source` has no checkpoint of that step any more, since it went on before.
         """
-        place = branch_directory(self.trial(number), step)
-        if not place.exists():
+        place, origin = branch_directory(self.trial(number), step), self.run(source, step)
+        if not place.exists() and has_checkpoint(origin, step):
             overrides = changed(self.overrides(source, step), step, rates)
             overrides |= {"run.storage_path": str(place.parent), "run.name": place.name}
-            branch(self.run(source, step), source, step, place, overrides, self._sweep.config(overrides))
-        return self.overrides(number)
+            branch(origin, source, step, place, overrides, self._sweep.config(overrides))
+        return self.overrides(number, step + 1)
 
     def reports(self, number: int) -> list[Report]:
         """The validations of a trial, by step."""

@@ -199,10 +199,22 @@ def test_a_wrong_schedule_is_told(tmp_path: Path, value: str, said: str) -> None
     assert said in str(error.value)
 
 
-def test_a_trial_that_took_over_once_is_not_changed_by_a_second_call(tmp_path: Path) -> None:
+def test_a_decision_that_is_made_again_changes_nothing(tmp_path: Path) -> None:
     sweep, directory = population(tmp_path, {})
-    before = directory.overrides(1, step=6)
-    theta = state_at(sweep.config(before), 6).theta
-    again = directory.branch(1, 0, 3, {"algorithm.inner_lr": 0.09, "outer.lr": 0.09})
-    assert again == before
-    assert state_at(sweep.config(again), 6).theta.tobytes() == theta.tobytes()
+    directory.branch(1, 0, 6, {"algorithm.inner_lr": 0.07, "outer.lr": 0.002})
+    go_on(sweep, directory, 1, until=9)
+    runs = [directory.run(1, step=6), directory.run(1, step=7)]
+    assert [run.name for run in runs] == ["from_step_00000003", "from_step_00000006"]
+    before = [path.read_bytes() for run in runs for path in sorted(run.glob("checkpoints/*/*"))]
+    # A sweep that is resumed goes through all of them, and comes to each run directory in turn.
+    for step, run in zip((3, 6), runs, strict=True):
+        again = directory.branch(1, 0, step, {"algorithm.inner_lr": 0.09, "outer.lr": 0.09})
+        assert again["run.name"] == run.name
+        assert again["outer.lr_schedule"][-1][1] == {3: 0.003, 6: 0.002}[step]
+    assert before == [path.read_bytes() for run in runs for path in sorted(run.glob("checkpoints/*/*"))]
+
+
+def test_a_trial_stays_where_it_is_if_the_other_ones_checkpoint_is_gone(tmp_path: Path) -> None:
+    _, directory = population(tmp_path, {})
+    (directory.run(1, step=3) / "checkpoints/step_00000003/manifest.json").unlink()
+    assert directory.branch(0, 1, 3, {"algorithm.inner_lr": 0.09, "outer.lr": 0.09})["run.name"] == "00000"
