@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from metadist.errors import UserError, first_line
+from metadist.lineage import SCHEDULES
 from metadist.search_space import as_tuples
 from metadist.sweep import Point, Sweep
 from metadist.sweep_directory import RESULTS_FILE, SWEEP_FILE, TRIALS, read_point, trial_name
@@ -66,8 +67,14 @@ def _best(sweep: Sweep, directory: Path) -> list[Point]:
         raise UserError(
             f"--from: {directory} holds no ended sweep ({first_line(error)}). Give a directory with {RESULTS_FILE}."
         ) from None
-    fitting = (_fitted(sweep, read_point(directory / TRIALS / trial_name(row["trial"])) or {}) for row in scored)
+    fitting = (_fitted(sweep, _tried(directory, row)) for row in scored)
     return [point for point in fitting if point is not None]
+
+
+def _tried(directory: Path, row: dict[str, Any]) -> Point:
+    """A trial's point; of rates that changed in mid-run, the last ones."""
+    rates = {key: row[key] for key in SCHEDULES if row.get(key) is not None}
+    return (read_point(directory / TRIALS / trial_name(row["trial"])) or {}) | rates
 
 
 def _fitted(sweep: Sweep, tried: Point) -> Point | None:

@@ -19,6 +19,8 @@ from metadist.config_file import dump_yaml
 from metadist.distributed.learner import LearnerState
 from metadist.errors import ConfigError
 from metadist.experiment import make_experiment
+from metadist.reporting.sweep_page import render_sweep
+from metadist.reporting.sweep_record import read_sweep_record
 from metadist.run_directory import RunDirectory
 from metadist.sweep import Sweep
 from metadist.sweep_directory import SweepDirectory
@@ -218,3 +220,16 @@ def test_a_trial_stays_where_it_is_if_the_other_ones_checkpoint_is_gone(tmp_path
     _, directory = population(tmp_path, {})
     (directory.run(1, step=3) / "checkpoints/step_00000003/manifest.json").unlink()
     assert directory.branch(0, 1, 3, {"algorithm.inner_lr": 0.09, "outer.lr": 0.09})["run.name"] == "00000"
+
+
+def test_the_report_draws_the_rates_of_each_lineage(tmp_path: Path) -> None:
+    sweep, directory = population(tmp_path, {})
+    record = read_sweep_record(str(directory.path))
+    first = sweep.points()[0]
+    assert record.trials[0].schedules["outer.lr"] == [[0, first["outer.lr"]], [3, 0.003], [6, 0.01]]
+    assert record.trials[0].settings == {"algorithm.inner_lr": 0.05, "outer.lr": 0.01}
+    assert [report["step"] for report in record.trials[0].reports] == [3, 6, 9]
+    page = render_sweep(record)
+    assert "algorithm.inner_lr against steps" in page
+    assert "outer.lr against steps" in page
+    assert "<b>2</b><span>times a trial went on from another&#x27;s theta</span>" in page

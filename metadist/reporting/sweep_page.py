@@ -75,9 +75,11 @@ def _figures(record: SweepRecord) -> str:
     outcomes = [trial.outcome for trial in record.trials]
     steps = sum(trial.reports[-1]["step"] for trial in record.trials if trial.reports)
     full = len(record.trials) * record.steps
+    early = (f"{outcomes.count('stopped')}", f"stopped early ({record.scheduler})")
+    taken_over = (f"{sum(trial.taken_over for trial in record.trials)}", "times a trial went on from another's theta")
     cells = [
         (f"{outcomes.count('finished')}", "trials finished"),
-        (f"{outcomes.count('stopped')}", f"stopped early ({record.scheduler})"),
+        taken_over if record.changes_rates else early,
         (f"{outcomes.count('failed')}", "failed"),
         (f"{steps / full:.0%}" if full else "none", f"of {full:,} steps, that all trials to the end would take"),
     ]
@@ -134,6 +136,8 @@ def _map(record: SweepRecord) -> str:
         f"Each dot is a trial, blue the best and red the worst by its last {record.metric}; the ring is the best."
         " Trials that were stopped early are judged by where they stopped."
     )
+    if record.changes_rates:
+        note = "Each dot is a trial at its last rates, blue the best and red the worst; the ring is the best."
     return f'<p class="note">{escape(note)}</p>{chart.svg().replace("chart", "chart large", 1)}'
 
 
@@ -162,7 +166,8 @@ def _curves(record: SweepRecord) -> str:
         chart.shaded_line(steps, scores, heat[trial.number], _title(record, trial))
         if trial.outcome == "stopped":
             chart.shaded_point(steps[-1], scores[-1], heat[trial.number], "stopped", r=2.5)
-    note = f"One line a trial, blue the best and red the worst; a dot where {record.scheduler} stopped it."
+    note = "One line a trial, blue the best and red the worst"
+    note += "." if record.changes_rates else f"; a dot where {record.scheduler} stopped it."
     return f'<p class="note">{escape(note)}</p>{chart.svg().replace("chart", "chart large", 1)}'
 
 
@@ -231,7 +236,7 @@ def _parallel(record: SweepRecord) -> str:
     for number, key in enumerate(keys):
         chart.whisker(number, 0, 1, "grey")
         chart.text(number, 1, f" {shown(_ends(record.space[key])[1])}")
-        chart.text(number, 0, f" {shown(_ends(record.space[key])[0])}")
+        chart.text(number, 0.03, f" {shown(_ends(record.space[key])[0])}")
     for trial in reversed(record.ranked()):
         axes = [axis for axis, key in enumerate(keys) if key in trial.settings]
         places = [record.space[keys[axis]].place(trial.settings[keys[axis]]) for axis in axes]
@@ -252,7 +257,7 @@ def _table(record: SweepRecord) -> str:
             str(trial.number),
             trial.outcome if trial.error is None else f"{trial.outcome}: {trial.error}",
             str(trial.reports[-1]["step"]) if trial.reports else "0",
-            "" if value is None else _score(record, trial),
+            "" if value is None else f"{value:.2%}" if record.metric == "accuracy" else f"{value:.4g}",
             *(shown(trial.settings.get(key, "")) for key in record.space),
         ]
         rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")

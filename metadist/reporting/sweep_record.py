@@ -29,6 +29,8 @@ class Trial:
     """What it was begun with."""
     schedules: dict[str, list[tuple[int, float]]]
     """By key, its rates from steps on; empty where rates do not change."""
+    taken_over: int
+    """How often it went on from another trial's theta."""
     outcome: str
     reports: list[Report]
     error: str | None
@@ -59,6 +61,8 @@ class SweepRecord:
     steps: int
     searcher: str
     scheduler: str
+    changes_rates: bool
+    """Whether the scheduler lets rates change in mid-run."""
     trials: list[Trial]
     finals: dict[str, Any] | None
     """Of finals.json: what came of the best ones on test tasks."""
@@ -133,6 +137,7 @@ def read_sweep_record(directory: str) -> SweepRecord:
             steps=saved["budget"]["steps"],
             searcher=saved["searcher"]["name"],
             scheduler=saved["scheduler"]["name"],
+            changes_rates=changes_rates,
             finals=json.loads(finals.read_text()) if finals.exists() else None,
             trials=[_trial(trial, changes_rates) for trial in sorted((place / TRIALS).glob("*")) if read_point(trial)],
         )
@@ -150,6 +155,7 @@ def _trial(place: Path, changes_rates: bool) -> Trial:
         number=int(place.name),
         point=point,
         schedules=schedules,
+        taken_over=len(run_directories(place)) - 1,
         outcome=read_outcome(RunDirectory(str(place))) or "unfinished",
         reports=read_all_reports(place),
         error=read_failure(RunDirectory(str(run))),

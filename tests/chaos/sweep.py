@@ -19,13 +19,13 @@ from rich.text import Text
 CONFIG = Path(__file__).parents[2] / "configs/sinusoid_maml.yaml"
 POLL_S = 0.02
 LONGEST_S = 1800
-LATER_S = 1.5
+LATER_S = 0.5
 """A kill comes up to so long after the validation that it waits for."""
 SCHEDULERS = {
-    "asha": "{name: asha}\nsearcher: {name: tpe}\nbudget: {trials: 8, steps: 18, every: 2, max_concurrent: 1}",
-    "hyperband": "{name: hyperband}\nbudget: {trials: 8, steps: 18, every: 2}",
-    "pbt": "{name: pbt, perturb_every: 6}\nbudget: {trials: 4, steps: 18, every: 2}",
-    "pb2": "{name: pb2, perturb_every: 6}\nbudget: {trials: 4, steps: 18, every: 2}",
+    "asha": "{name: asha}\nsearcher: {name: tpe}\nbudget: {trials: 8, steps: 54, every: 2, max_concurrent: 1}",
+    "hyperband": "{name: hyperband}\nbudget: {trials: 8, steps: 54, every: 2}",
+    "pbt": "{name: pbt, perturb_every: 18}\nbudget: {trials: 4, steps: 54, every: 2}",
+    "pb2": "{name: pb2, perturb_every: 18}\nbudget: {trials: 4, steps: 54, every: 2}",
 }
 
 
