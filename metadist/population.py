@@ -75,11 +75,13 @@ class Population(FIFOScheduler):
             source = members[best[int(random.integers(count))]]
             rates = self._explorer.explore(members[trial], source, random)
             overrides = self._directory.branch(members[trial].number, source.number, step, rates)
-            trial.set_config({"base": self._sweep.base, **overrides})
             shown = ", ".join(f"{key} {rate:.4g}" for key, rate in rates_at_the_end(overrides).items())
             self._console.print(
                 Text(f"step {step}: trial {members[trial].number} goes on from trial {source.number} with {shown}")
             )
+        for trial in trials:
+            overrides = self._directory.overrides(members[trial].number, step + 1)
+            trial.set_config({"base": self._sweep.base, **overrides})
 
     def _member(self, trial: Trial, step: int) -> Member:
         number = self._numbers[trial.trial_id]
