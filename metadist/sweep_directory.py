@@ -25,7 +25,7 @@ from metadist.lineage import (
 from metadist.run_directory import RunDirectory
 from metadist.search_space import as_tuples
 from metadist.sweep import Point, Sweep
-from metadist.trial import OUTCOME_FILE, Report, read_failure, read_outcome, read_reports
+from metadist.trial import OUTCOME_FILE, Report, read_error, read_outcome, read_reports
 
 SWEEP_FILE = "sweep.json"
 TRIALS = "trials"
@@ -85,10 +85,10 @@ class SweepDirectory:
         """Writes down a trial's point before anything is computed with it."""
         self._write(self.trial(number), POINT_FILE, point)
 
-    def end(self, number: int, outcome: str) -> None:
-        """Writes down that a trial is `finished`, was `stopped` by the scheduler, or `failed`."""
+    def end(self, number: int, outcome: str, error: str | None = None) -> None:
+        """Writes down that a trial is `finished`, was `stopped` by the scheduler, or `failed`, and why."""
         for place in {self.trial(number), self.run(number)}:
-            self._write(place, OUTCOME_FILE, {"outcome": outcome})
+            self._write(place, OUTCOME_FILE, {"outcome": outcome, "error": error})
 
     def _write(self, place: Path, name: str, value: Any) -> None:
         directory = RunDirectory(str(place))
@@ -145,7 +145,7 @@ class SweepDirectory:
         outcome = read_outcome(RunDirectory(str(self.trial(number))))
         row: dict[str, Any] = {"trial": number, "outcome": outcome or "unfinished"}
         row |= {"step": last.get("step", 0), "loss": last.get("loss"), "accuracy": last.get("accuracy")}
-        row |= {"error": read_failure(RunDirectory(str(self.run(number))))}
+        row |= {"error": read_error(RunDirectory(str(self.run(number))))}
         row |= dict.fromkeys(self._sweep.space) | self.settings(number)
         if self._sweep.scheduler.changes_rates:
             overrides = self.overrides(number)
@@ -189,7 +189,8 @@ class SweepDirectory:
         point = ", ".join(f"{key} {_shown(row[key])}" for key in self._sweep.space if row[key] is not None)
         value = row[self._sweep.objective.metric]
         score = "" if value is None else f"  {self._sweep.objective.metric} {value:.4f}"
-        return f"trial {number}  {row['outcome']} at step {row['step']}{score}  {point}"
+        error = f"  {row['error']}" if row["error"] else ""
+        return f"trial {number}  {row['outcome']} at step {row['step']}{score}  {point}{error}"
 
 
 def trial_name(number: int) -> str:

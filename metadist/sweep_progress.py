@@ -61,17 +61,19 @@ class SweepProgress(ray_tune.Callback):
         self._show(trials)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        is_done = trial.last_result.get("step", 0) >= self._sweep.budget.steps
-        self._end(trial, "finished" if is_done else "stopped")
+        last = trial.last_result
+        is_done = last.get("step", 0) >= self._sweep.budget.steps
+        self._end(trial, "failed" if "failed" in last else "finished" if is_done else "stopped")
         self._show(trials)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._end(trial, "failed")
+        trace = str(trial.get_error() or "its process ended").strip().splitlines()
+        self._end(trial, "failed", trace[-1])
         self._show(trials)
 
-    def _end(self, trial: Any, outcome: str) -> None:
+    def _end(self, trial: Any, outcome: str, error: str | None = None) -> None:
         number = self._numbers[trial.trial_id]
-        self._directory.end(number, outcome)
+        self._directory.end(number, outcome, error)
         self._ended[number] = row = self._directory.row(number)
         write_hparams(self._sweep, self._directory.run(number), row)
         if self._live is None:

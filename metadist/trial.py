@@ -112,6 +112,15 @@ def read_failure(directory: RunDirectory) -> str | None:
     return str(json.loads(directory.read(FAILURE_FILE))["error"])
 
 
+def read_error(directory: RunDirectory) -> str | None:
+    """Why a trial failed: that it cannot be finished, or what ended its process too often; None where it did not."""
+    failure = read_failure(directory)
+    if failure is not None or not directory.exists(OUTCOME_FILE):
+        return failure
+    error: str | None = json.loads(directory.read(OUTCOME_FILE)).get("error")
+    return error
+
+
 def read_outcome(directory: RunDirectory) -> str | None:
     """How a trial ended, as the sweep wrote it down; None where it goes on."""
     if not directory.exists(OUTCOME_FILE):

@@ -7,6 +7,7 @@ fall as they fell.
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -34,13 +35,14 @@ from metadist.errors import ClusterError, ConfigError, InterruptedRun
 from metadist.experiment import open_task
 from metadist.population import Population
 from metadist.reporting.sweep_page import write_sweep_report
+from metadist.run_directory import RunDirectory
 from metadist.sections import ScalingSettings
 from metadist.suggestions import Suggestions, make_suggestions
 from metadist.sweep import Sweep
 from metadist.sweep_directory import SweepDirectory
 from metadist.sweep_file import load_sweep
 from metadist.sweep_progress import SweepProgress
-from metadist.trial import run_trial
+from metadist.trial import TrialFailedError, read_reports, run_trial
 
 
 def trainable(config: dict[str, Any]) -> None:
@@ -49,7 +51,8 @@ def trainable(config: dict[str, Any]) -> None:
     `config` holds `base`, the path of a config file (or its content), and values for any of its keys
     (`algorithm.inner_lr`). Checkpoints lie in the config's run directory, by default one of the trial's own name
     under `run.storage_path`; a trial that is begun again goes on from there. Give it room with
-    `tune.with_resources(trainable, trial_resources(scaling))`: its adapters live in the trial's placement group.
+    `tune.with_resources(trainable, trial_resources(scaling))`: its adapters live in the trial's placement group. A
+    trial that diverges is no error, which Tune would try again: its last result has the reason under `failed`.
     """
     base = config["base"]
     document = read_document(base) if isinstance(base, str) else parse_document(dump_yaml(base), "base config")
@@ -64,7 +67,12 @@ def trainable(config: dict[str, Any]) -> None:
         run=dataclasses.replace(run, name=name),
         scaling=dataclasses.replace(scaling, num_workers=scaling.worker_limits[0], address=None),
     )
-    run_trial(settings, ray_tune.report)
+    try:
+        run_trial(settings, ray_tune.report)
+    except TrialFailedError as error:
+        last = (read_reports(RunDirectory(settings.run_directory)) or [{"step": 0}])[-1]
+        nothing = {"loss": math.nan, "accuracy": math.nan}
+        ray_tune.report(nothing | last | {"failed": str(error), "done": True})
 
 
 def trial_resources(scaling: ScalingSettings) -> ray_tune.PlacementGroupFactory:
@@ -122,6 +130,8 @@ def tune(
         os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
         # Tune's own table would go to stdout, which holds our result alone.
         os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+        # What killed a trial's process is in its line, not a traceback for each time that it was begun again.
+        os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"
         # How many trials Tune asks for before those that it has are running: "auto" is the number at once.
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(sweep.num_trials) if waits else "auto"
         progress = stack.enter_context(SweepProgress(sweep, directory, numbers, console))
@@ -228,7 +238,8 @@ class _Search(Searcher):
         return {"base": self._sweep.base, **self._directory.overrides(number, step=1)}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        value = None if error or not result else result.get(self._sweep.objective.metric)
+        is_good = not error and result is not None and "failed" not in result
+        value = result.get(self._sweep.objective.metric) if is_good and result else None
         self._suggestions.tell(self._numbers[trial_id], value)
 
     def __getstate__(self) -> dict[str, Any]:

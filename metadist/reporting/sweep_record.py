@@ -14,7 +14,7 @@ from metadist.search_space import Distribution
 from metadist.suggestions import as_optuna
 from metadist.sweep import Point, SchedulerSettings
 from metadist.sweep_directory import SWEEP_FILE, TRIALS, read_all_reports, read_point
-from metadist.trial import Report, read_failure, read_outcome
+from metadist.trial import Report, read_error, read_outcome
 
 FEWEST_FOR_IMPORTANCE = 8
 """Trials: fewer say nothing of what mattered."""
@@ -158,5 +158,5 @@ def _trial(place: Path, changes_rates: bool) -> Trial:
         taken_over=len(run_directories(place)) - 1,
         outcome=read_outcome(RunDirectory(str(place))) or "unfinished",
         reports=read_all_reports(place),
-        error=read_failure(RunDirectory(str(run))),
+        error=read_error(RunDirectory(str(run))),
     )

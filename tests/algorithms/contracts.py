@@ -34,6 +34,7 @@ class Beside(NamedTuple):
 
 GRADIENT_BASED: dict[str, Any] = {
     "inner_lr": 0.2,
+    "inner_lr_schedule": ((0, 0.3),),
     "inner_steps": 2,
     "order": "first",
     "adapts": "*.weight",

@@ -31,6 +31,7 @@ def make(**changes):
 
 VARIATIONS = {
     "inner_lr": 0.01,
+    "inner_lr_schedule": ((0, 0.01),),
     "inner_steps": 2,
     "adapts": "*.weight",
     "inner_optimizer": "rmsprop",
@@ -92,7 +93,7 @@ def test_each_hyperparameter_changes_the_adapted_model():
         phis = []
         for algorithm in (make(), make(**{name: value})):
             problem, batch = points(algorithm)
-            phis.append(problem.layout.flatten(adapted(problem, batch, 0, algorithm.inner_steps)[-1]))
+            phis.append(problem.network.parameters.flatten(adapted(problem, batch, 0, algorithm.inner_steps)[-1]))
         assert not torch.allclose(*phis, rtol=1e-3), f"{name} changes nothing"
 
 

@@ -151,6 +151,21 @@ def test_hyperband_halves_its_brackets(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("two_cpus")
+def test_a_trial_that_diverges_is_marked_at_once_and_the_sweep_goes_on(tmp_path: Path) -> None:
+    path = write_sweep(tmp_path, workers=0, trials=2, scheduler="{name: none}", searcher="grid", at_once=None)
+    text = path.read_text().replace("  algorithm.inner_lr: loguniform(1e-3, 0.1)", "  outer.lr: grid(1.0e+30, 0.01)")
+    path.write_text(text.replace("overrides:", "overrides:\n  outer.optimizer: sgd"))
+    results = tune(path)
+    # No process has failed, so none was begun again.
+    assert (results.num_terminated, results.num_errors) == (2, 0)
+    table = pq.read_table(tmp_path / "sweep/results.parquet").to_pylist()
+    assert [row["outcome"] for row in table] == ["failed", "finished"]
+    assert table[0]["error"].startswith("NonFiniteError: ")
+    assert load_config(tmp_path / "sweep/best.yaml").outer.lr == 0.01
+
+
+@pytest.mark.ray
 def test_a_sweep_whose_driver_is_killed_goes_on_to_the_same_table(ray_home: dict[str, str], tmp_path: Path) -> None:
     tables = []
     for name in ("undisturbed", "killed"):
