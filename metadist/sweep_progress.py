@@ -15,6 +15,8 @@ from metadist.sweep import Sweep
 from metadist.sweep_directory import SweepDirectory
 from metadist.tracking import clock
 
+SHOWN_GOING = 12
+"""Rows of trials that have begun and not ended."""
 SHOWN_ENDED = 8
 """Rows of ended trials in the live table, the best first."""
 
@@ -96,14 +98,17 @@ class SweepProgress(ray_tune.Callback):
         parts += [clock(time.monotonic() - self._began)]
         parts += [f"best {metric} {scored[0][metric]:.4f}"] if scored else []
         table = Table("trial", "", "step", metric, *keys, title="  ".join(parts), title_justify="left")
-        for trial in self._trials:
+        going = [trial for trial in self._trials if self._numbers[trial.trial_id] not in self._ended]
+        # In their order, the running ones first.
+        going.sort(key=lambda trial: trial.status != "RUNNING")
+        for trial in going[:SHOWN_GOING]:
             number = self._numbers[trial.trial_id]
-            if number in self._ended:
-                continue
             last = self._last.get(number, {})
             row = {"trial": number, "step": last.get("step", 0), metric: last.get(metric)}
             row |= self._directory.settings(number)
             table.add_row(*self._cells(row, "running" if trial.status == "RUNNING" else "waiting"))
+        if len(going) > SHOWN_GOING:
+            table.add_row("..", f"{len(going) - SHOWN_GOING} more")
         table.add_section()
         for row in scored[:SHOWN_ENDED]:
             table.add_row(*self._cells(row, row["outcome"]))

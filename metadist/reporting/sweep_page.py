@@ -1,7 +1,9 @@
 """`report.html` of a sweep: where the good settings lie, how trials went, and what mattered."""
 
+import math
 from html import escape
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from metadist.files import replacing
@@ -14,6 +16,8 @@ from metadist.search_space import Distribution
 REPORT_FILE = "report.html"
 PREFERRED = ("algorithm.inner_lr", "outer.lr")
 """The axes of the map, where they are searched."""
+BEYOND = 10
+"""Times the median: a loss above that is one of a trial that diverges, and would leave no room for the others."""
 SHOWN_TRIALS = 200
 """Rows of the table."""
 
@@ -146,6 +150,9 @@ def _curves(record: SweepRecord) -> str:
     values = [r[record.metric] for trial in record.ranked() for r in trial.reports if r.get(record.metric) is not None]
     if not values:
         return ""
+    ceiling = BEYOND * median(values) if record.metric == "loss" else math.inf
+    beyond = any(value > ceiling for value in values)
+    values = [value for value in values if value <= ceiling]
     low, high = span(values)
     logarithmic = record.metric == "loss" and min(values) > 0 and max(values) > 20 * min(values)
     if logarithmic:
@@ -162,12 +169,13 @@ def _curves(record: SweepRecord) -> str:
     )
     for trial in reversed(record.ranked()):
         reports = [report for report in trial.reports if report.get(record.metric) is not None]
-        steps, scores = [r["step"] for r in reports], [r[record.metric] for r in reports]
+        steps, scores = [r["step"] for r in reports], [min(r[record.metric], high) for r in reports]
         chart.shaded_line(steps, scores, heat[trial.number], _title(record, trial))
         if trial.outcome == "stopped":
             chart.shaded_point(steps[-1], scores[-1], heat[trial.number], "stopped", r=2.5)
     note = "One line a trial, blue the best and red the worst"
     note += "." if record.changes_rates else f"; a dot where {record.scheduler} stopped it."
+    note += " Losses far above all others are drawn at the upper edge." if beyond else ""
     return f'<p class="note">{escape(note)}</p>{chart.svg().replace("chart", "chart large", 1)}'
 
 

@@ -103,6 +103,19 @@ def test_importance_finds_what_the_loss_was_made_of(directory: Path) -> None:
     assert sum(shares.values()) == pytest.approx(1)
 
 
+def test_a_trial_that_diverges_leaves_room_for_the_others(directory: Path) -> None:
+    record = read_sweep_record(str(directory))
+    worst = record.ranked()[-1]
+    assert "far above all others" not in render_sweep(record)
+    far = dataclasses.replace(worst, reports=[worst.reports[0] | {"loss": 1e15}])
+    trials = [far if trial is worst else trial for trial in record.trials]
+    page = render_sweep(dataclasses.replace(record, trials=trials))
+    assert "far above all others" in page
+    # The axis of the losses ends where it did, or a little below.
+    assert "1e+15" in page  # In the table, and in what the dot says.
+    assert "000,000" not in page
+
+
 def test_a_best_value_near_the_end_of_its_interval_is_told(directory: Path) -> None:
     record = read_sweep_record(str(directory))
     assert "Near an end of its interval" not in render_sweep(record)
