@@ -1,9 +1,7 @@
 """`report.html` of a sweep: where the good settings lie, how trials went, and what mattered."""
 
-import math
 from html import escape
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from metadist.files import replacing
@@ -16,8 +14,6 @@ from metadist.search_space import Distribution
 REPORT_FILE = "report.html"
 PREFERRED = ("algorithm.inner_lr", "outer.lr")
 """The axes of the map, where they are searched."""
-BEYOND = 10
-"""Times the median: a loss above that is one of a trial that diverges, and would leave no room for the others."""
 SHOWN_TRIALS = 200
 """Rows of the table."""
 
@@ -150,7 +146,7 @@ def _curves(record: SweepRecord) -> str:
     values = [r[record.metric] for trial in record.ranked() for r in trial.reports if r.get(record.metric) is not None]
     if not values:
         return ""
-    ceiling = BEYOND * median(values) if record.metric == "loss" else math.inf
+    ceiling = record.ceiling(values)
     beyond = any(value > ceiling for value in values)
     values = [value for value in values if value <= ceiling]
     low, high = span(values)

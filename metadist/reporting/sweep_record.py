@@ -1,9 +1,12 @@
 """What a sweep directory tells: its trials, their validations, and which hyperparameters mattered."""
 
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from metadist.errors import UserError
@@ -16,6 +19,8 @@ from metadist.sweep import Point, SchedulerSettings
 from metadist.sweep_directory import SWEEP_FILE, TRIALS, read_all_reports, read_point
 from metadist.trial import Report, read_error, read_outcome
 
+BEYOND = 10
+"""Times the median loss."""
 FEWEST_FOR_IMPORTANCE = 8
 """Trials: fewer say nothing of what mattered."""
 
@@ -82,6 +87,10 @@ class SweepRecord:
         ranked = self.ranked()
         return {trial.number: place / max(1, len(ranked) - 1) for place, trial in enumerate(ranked)}
 
+    def ceiling(self, values: Sequence[float]) -> float:
+        """A loss above it is one of a trial that diverges, and would outweigh all others."""
+        return BEYOND * median(values) if self.metric == "loss" else math.inf
+
     @property
     def first_step(self) -> int | None:
         """The first validation, which every trial came to."""
@@ -103,12 +112,14 @@ class SweepRecord:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(direction="maximize" if self.sign > 0 else "minimize")
+        ceiling = self.ceiling([value for value in values.values() if value is not None])
         distributions = {key: as_optuna(distribution) for key, distribution in self.space.items()}
         for trial in scored:
             # A key that some trials do not have is left out of account.
             params = {key: self.space[key].encoded(value) for key, value in trial.point.items()}
             known = {key: distributions[key] for key in params}
-            study.add_trial(optuna.trial.create_trial(params=params, distributions=known, value=values[trial.number]))
+            value = min(values[trial.number] or 0.0, ceiling)
+            study.add_trial(optuna.trial.create_trial(params=params, distributions=known, value=value))
         if find_spec("sklearn"):
             fanova = optuna.importance.FanovaImportanceEvaluator(seed=0)
             return "functional ANOVA", optuna.importance.get_param_importances(study, evaluator=fanova)
