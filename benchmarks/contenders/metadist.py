@@ -1,0 +1,60 @@
+"""metadist: a chunk of tasks as an adapter computes it."""
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.inner_loop_cases import Case
+from metadist.algorithms import MAML
+from metadist.config import Config
+from metadist.core.episode import EpisodeBatch, EpisodeSpec
+from metadist.core.keys import TaskKey
+from metadist.core.meta_gradient import MetaGradient
+from metadist.experiment import make_experiment
+from metadist.sections import ScalingSettings, TrainingSettings
+
+
+class _Episodes:
+    """A task source that is never asked for more than its spec: the batch is there already."""
+
+    def __init__(self, spec: EpisodeSpec) -> None:
+        self.spec = spec
+
+    def sample(self, keys: list[TaskKey]) -> EpisodeBatch:
+        raise NotImplementedError
+
+
+def prepare(case: Case, module: nn.Module, batch: EpisodeBatch, *, compile: bool = True) -> Callable[[], Tensor]:
+    device = batch.support.x.device
+    config = Config(
+        task=_Episodes(case.spec),
+        model=module.to("cpu"),
+        algorithm=MAML(inner_lr=case.inner_lr, inner_steps=case.inner_steps, order=case.order),
+        training=TrainingSettings(
+            meta_batch_size=case.tasks, chunk_size=case.tasks, batch_norm="transductive", compile=compile
+        ),
+        scaling=ScalingSettings(num_workers=0, use_gpu=device.type == "cuda"),
+    )
+    experiment = make_experiment(config)
+    compute = MetaGradient(
+        experiment.algorithm,
+        experiment.network,
+        experiment.theta,
+        strategy=experiment.strategy,
+        compile=experiment.compile,
+    )
+    theta = torch.tensor(experiment.initial_theta, device=device)
+    statistics = torch.tensor(experiment.initial_statistics, device=device)
+    weights, keys = np.ones(case.tasks, np.float32), [TaskKey(0, "train", 0, task) for task in range(case.tasks)]
+
+    def meta_gradient() -> Tensor:
+        return torch.from_numpy(compute.sum_chunk(theta, statistics, batch, weights, keys).gradient)
+
+    return meta_gradient
+
+
+prepare_eager = partial(prepare, compile=False)
+"""The same without the compiler, as `training.compile: auto` has it for models without convolutions."""
