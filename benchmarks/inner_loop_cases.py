@@ -77,7 +77,9 @@ def _sinusoids(tasks: int, inner_steps: int, order: Literal["first", "second"]) 
     )
 
 
-def _images(name: str, model: Conv4 | ResNet12, shape: tuple[int, ...], sizes: tuple[int, int, int], tasks: int) -> Case:
+def _images(
+    name: str, model: Conv4 | ResNet12, shape: tuple[int, ...], sizes: tuple[int, int, int], tasks: int
+) -> Case:
     ways, shots, queries = sizes
     spec = EpisodeSpec(
         kind="classification",
@@ -102,8 +104,6 @@ CASES: dict[str, Case] = {
     "strided": _images("strided Conv-4", STRIDED, OMNIGLOT, (5, 1, 1), tasks=8),
     "max_pool": _images("max-pool Conv-4", MAX_POOL, OMNIGLOT, (5, 1, 15), tasks=2),
     "max_pool_20_ways": _images("max-pool Conv-4", MAX_POOL, OMNIGLOT, (20, 5, 5), tasks=1),
-    "resnet12": _images(
-        "ResNet-12", ResNet12(dropout=0.0, drop_block_rate=0.0), MINI_IMAGENET, (5, 1, 1), tasks=1
-    ),
+    "resnet12": _images("ResNet-12", ResNet12(dropout=0.0, drop_block_rate=0.0), MINI_IMAGENET, (5, 1, 1), tasks=1),
 }
 QUICK = ("mlp_25_tasks_1_steps_second", "mlp_256_tasks_5_steps_second", "strided")

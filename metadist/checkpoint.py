@@ -2,13 +2,14 @@
 
 `checkpoints/step_00001000/` holds `theta.safetensors` (each parameter by its name, so that any reader of
 the format can use them), `statistics.safetensors`, `optimizer.safetensors`, `state.json` and
-`manifest.json`. A checkpoint without a manifest, or with a file that differs from it, does not count.
+`manifest.json`; with `outer.lag` also `previous.safetensors`, theta and statistics of one step earlier as one vector.
+A checkpoint without a manifest, or with a file that differs from it, does not count.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -22,6 +23,8 @@ from metadist.errors import CheckpointError, RunDirectoryError
 from metadist.run_directory import RunDirectory
 
 FORMAT = 1
+PARTS = ("theta", "statistics", "optimizer", "previous")
+"""Files of tensors; the last one is there with `outer.lag` alone."""
 LARGEST_JSON = 2**16
 """Bytes of manifest.json, of state.json, and of a header beside its names."""
 BYTES_A_NAME = 256
@@ -65,8 +68,10 @@ class Checkpoints:
             "statistics": self._named("statistics", state.statistics),
             "optimizer": state.optimizer,
         }
+        if state.previous is not None:
+            tensors["previous"] = {"published": state.previous}
         files = {f"{name}.safetensors": save(part) for name, part in tensors.items()}
-        files["state.json"] = json.dumps({"format": FORMAT, "step": state.step}).encode()
+        files["state.json"] = json.dumps(_state(state.step, tensors)).encode()
         digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
         place = self._place(state.step)
         self._directory.make(place)
@@ -81,16 +86,18 @@ class Checkpoints:
         files = self._verified_files(place, where)
         try:
             state = json.loads(files["state.json"])
-            tensors = {name: load(files[f"{name}.safetensors"]) for name in ("theta", "statistics", "optimizer")}
+            parts = PARTS if state == _state(step, PARTS) else PARTS[:-1]
+            tensors = {name: load(files[f"{name}.safetensors"]) for name in parts}
         except (KeyError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"{where}: not a checkpoint of this version ({error}). Remove it.") from None
-        if state != {"format": FORMAT, "step": step}:
+        if state != _state(step, tensors):
             raise CheckpointError(f"{where}: state.json is of another format or step. Remove the checkpoint.")
         return LearnerState(
             step=step,
             theta=self._flat("theta", tensors["theta"], where),
             statistics=self._flat("statistics", tensors["statistics"], where),
             optimizer=self._optimizer(tensors["optimizer"], where),
+            previous=self._previous(tensors["previous"], where) if "previous" in tensors else None,
         )
 
     def load_latest(self, warn: Callable[[str], None]) -> LearnerState | None:
@@ -126,6 +133,7 @@ class Checkpoints:
             "theta": self._layouts["theta"].size,
             "statistics": self._layouts["statistics"].size,
             "optimizer": MAX_OPTIMIZER_TENSORS * self._layouts["theta"].size,
+            "previous": self._published_size,
         }
         names = sum(len(name) + BYTES_A_NAME for name in self._layouts.get(part, self._layouts["theta"]).shapes)
         return 4 * numbers.get(part, 0) + names + LARGEST_JSON
@@ -179,6 +187,19 @@ class Checkpoints:
             named[name] = vector[start : start + size].reshape(shape)
             start += size
         return named
+
+    @property
+    def _published_size(self) -> int:
+        return sum(layout.size for layout in self._layouts.values())
+
+    def _previous(self, tensors: dict[str, np.ndarray], where: str) -> np.ndarray:
+        found = {name: (value.dtype, value.shape) for name, value in tensors.items()}
+        if found != {"published": (np.dtype(np.float32), (self._published_size,))}:
+            raise CheckpointError(
+                f"{where}: previous does not fit this model: it must be one float32 vector of {self._published_size}"
+                " numbers. Use the run's own config."
+            )
+        return tensors["published"]
 
     def _optimizer(self, tensors: dict[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
         for name, value in tensors.items():
@@ -239,6 +260,11 @@ class CheckpointWriter:
             self.wait()
         finally:
             self._pool.shutdown()
+
+
+def _state(step: int, parts: Container[str]) -> dict[str, Any]:
+    """What state.json holds beside so many files of tensors."""
+    return {"format": FORMAT, "step": step} | ({"previous": True} if "previous" in parts else {})
 
 
 def _manifest(digests: dict[str, str]) -> bytes:

@@ -33,7 +33,7 @@ def evaluate_with(
         policies.append("support")
     steps = config.inner_steps_at_test if settings.inner_steps is None else settings.inner_steps
     plan = plan_evaluation(settings.seed, settings.split, settings.episodes, config.training.tasks_per_chunk)
-    scores = executor.evaluate(plan, executor.publish(), steps, policies)
+    scores = executor.evaluate(plan, executor.newest(), steps, policies)
     names = policies if policy is not None else [NO_BATCH_NORM]
     return Evaluation(
         split=settings.split,

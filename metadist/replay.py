@@ -168,7 +168,7 @@ def _task_by_task(
 def _replay_task(
     experiment: Experiment, compute: MetaGradient, state: LearnerState, key: TaskKey, debugging: Console | None
 ) -> ReplayedTask:
-    theta, statistics = torch.tensor(state.theta), torch.tensor(state.statistics)
+    theta, statistics = torch.tensor(state.published).split([len(state.theta), len(state.statistics)])
     loss = accuracy = norm = None
     bad = None
     try:

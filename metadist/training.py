@@ -187,7 +187,7 @@ def validate(config: Config, executor: Executor) -> dict[str, float]:
     evaluation = config.evaluation
     plan = plan_evaluation(VALIDATION_SEED, "val", evaluation.val_episodes, config.training.tasks_per_chunk)
     policy = config.training.batch_norm or "transductive"
-    scores = executor.evaluate(plan, executor.publish(), config.inner_steps_at_test, [policy])
+    scores = executor.evaluate(plan, executor.newest(), config.inner_steps_at_test, [policy])
     return {
         "loss": mean_and_interval(scores.loss[0, :, -1])["mean"],
         "accuracy": mean_and_interval(scores.accuracy[0, :, -1])["mean"],

@@ -15,7 +15,11 @@ from tests.full_disk import FullDisk
 
 THETA = Layout({"net.weight": (3, 4), "rate": (), "net.bias": (3,)})
 STATISTICS = Layout({"norm.running_mean": (2,), "norm.running_var": (2,)})
-FILES = ["theta.safetensors", "statistics.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
+FILES = [
+    *(f"{name}.safetensors" for name in ("theta", "statistics", "optimizer", "previous")),
+    "state.json",
+    "manifest.json",
+]
 
 
 def state_at(step):
@@ -28,11 +32,13 @@ def state_at(step):
     theta = bits(THETA.size)
     theta[:4] = [-0.0, np.inf, 1e-45, np.nan]
     optimizer = {"step": np.array(float(step), np.float32), "exp_avg": bits(THETA.size), "exp_avg_sq": bits(THETA.size)}
-    return LearnerState(step, theta, bits(STATISTICS.size), optimizer)
+    return LearnerState(step, theta, bits(STATISTICS.size), optimizer, bits(THETA.size + STATISTICS.size))
 
 
 def bits_of(state):
     arrays = {"theta": state.theta, "statistics": state.statistics} | state.optimizer
+    if state.previous is not None:
+        arrays["previous"] = state.previous
     return state.step, {name: (value.dtype, value.shape, value.tobytes()) for name, value in arrays.items()}
 
 
@@ -360,8 +366,8 @@ def test_a_disk_that_fills_up_at_any_moment_leaves_older_checkpoints_as_they_wer
         Checkpoints(failing, THETA, STATISTICS).save(state_at(4))
 
     checkpoints.save(state_at(3))
-    # To make the directory, and to open and write (and to rename) each of 5 files.
-    needed = 1 + 5 * (3 if can_rename else 2)
+    # To make the directory, and to open and write (and to rename) each file.
+    needed = 1 + len(FILES) * (3 if can_rename else 2)
     for operations in range(needed):
         with pytest.raises(MetadistError, match=r"could not be written \(No space left on device\)\. Free space"):
             save_with(operations)

@@ -20,9 +20,10 @@ def prepare(case: Case, module: nn.Module, batch: EpisodeBatch) -> Callable[[], 
     def meta_gradient() -> Tensor:
         module.zero_grad()
         for support, query in tasks:
-            with higher.innerloop_ctx(
-                module, optimizer, copy_initial_weights=False, track_higher_grads=is_second
-            ) as (adapted, inner):
+            with higher.innerloop_ctx(module, optimizer, copy_initial_weights=False, track_higher_grads=is_second) as (
+                adapted,
+                inner,
+            ):
                 for _ in range(case.inner_steps):
                     inner.step(case.loss(adapted(support.x), support.y))
                 loss = case.loss(adapted(query.x), query.y)

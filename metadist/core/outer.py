@@ -42,6 +42,9 @@ class OuterSettings:
     decay_every: Annotated[int, Field(ge=1)] = 10_000
     """`step`: after so many steps the rate is multiplied by `decay_factor`."""
     decay_factor: Annotated[float, Field(gt=0, le=1)] = 0.5
+    lag: Literal[0, 1] = 0
+    """1: a step's meta-gradients are taken at theta as it was one step earlier, so that adapters never wait for the
+    learner. The bits are those of any number of adapters, as ever, and other than without."""
     clip_norm: Positive | None = None
     """The meta-gradient's largest 2-norm."""
     clip_value: Positive | None = None

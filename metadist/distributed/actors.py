@@ -52,17 +52,17 @@ class LearnerActor:
 
     def prepare(
         self, experiment: list[ray.ObjectRef], outer: OuterSettings, num_steps: int, state: LearnerState | None
-    ) -> np.ndarray:
-        """Starts from `state`; gives the published vector."""
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Starts from `state`; gives what the next step's meta-gradients are taken at, and the newest vector."""
         self.learner = Learner(ray.get(experiment[0]), outer, num_steps)
         if state is not None:
             self.learner.restore(state)
-        return self.learner.publish()
+        return self.learner.publish(), self.learner.newest()
 
     def step(
         self, plan: Plan, spans: list[Range], sums: list[ray.ObjectRef]
     ) -> tuple[tuple[dict[str, float], Seconds], np.ndarray]:
-        """One outer step's metrics and what it took, and the new published vector.
+        """One outer step's metrics and what it took, and the newest vector.
 
         Raises SumsLost, with nothing done, where the sums of a range are gone.
         """
@@ -76,7 +76,7 @@ class LearnerActor:
         if lost:
             raise SumsLost(lost)
         metrics = self.learner.step(plan, values)
-        return (metrics, self.learner.seconds), self.learner.publish()
+        return (metrics, self.learner.seconds), self.learner.newest()
 
     def state(self) -> LearnerState:
         return self.learner.state()

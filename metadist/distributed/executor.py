@@ -51,7 +51,10 @@ class Executor(Protocol):
         """Adapters that are ready for work."""
 
     def publish(self) -> Handle:
-        """The learner's theta and running statistics, to be given to `run` and `evaluate`."""
+        """Theta and running statistics at which the next step's meta-gradients are taken, to be given to `run`."""
+
+    def newest(self) -> Handle:
+        """The learner's theta and running statistics, to be given to `evaluate`: those of `publish` without a lag."""
 
     def run(self, plan: Plan, theta: Handle) -> dict[Range, Handle]:
         """The sums of every range of the plan's chunks."""

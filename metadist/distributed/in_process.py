@@ -49,6 +49,9 @@ class InProcessExecutor:
     def publish(self) -> np.ndarray:
         return self._learner.publish()
 
+    def newest(self) -> np.ndarray:
+        return self._learner.newest()
+
     def run(self, plan: Plan, theta: np.ndarray) -> dict[Range, Sums]:
         sums, receipt = {}, Receipt()
         for span in plan.ranges(1):

@@ -30,6 +30,13 @@ class LearnerState:
     statistics: np.ndarray
     optimizer: dict[str, np.ndarray] = field(default_factory=dict)
     """The optimizer's tensors by name, `exp_avg: [theta]` and so on; empty before the first step."""
+    previous: np.ndarray | None = None
+    """Theta and statistics as they were one step earlier, one vector; with `outer.lag` alone, after the first step."""
+
+    @property
+    def published(self) -> np.ndarray:
+        """Theta and statistics, one vector, at which the next step's meta-gradients are taken."""
+        return np.concatenate([self.theta, self.statistics]) if self.previous is None else self.previous
 
 
 class Learner:
@@ -49,10 +56,16 @@ class Learner:
         self._statistics = experiment.initial_statistics.copy()
         self._loop = loop(outer, torch.tensor(experiment.initial_theta, device=self._device), num_steps)
         self._step = 0
+        self._lag = outer.lag
+        self._previous: np.ndarray | None = None
         self.seconds = Seconds()
 
     def publish(self) -> np.ndarray:
-        """Theta and the running statistics as one float32 vector, for the adapters."""
+        """What the next step's meta-gradients are taken at, for the adapters: `newest`, or that of one step earlier."""
+        return self.newest() if self._previous is None else self._previous
+
+    def newest(self) -> np.ndarray:
+        """Theta and the running statistics as one float32 vector."""
         return np.concatenate([self._loop.theta.detach().cpu().numpy(), self._statistics])
 
     def step(self, plan: Plan, sums: dict[Range, Sums]) -> dict[str, float]:
@@ -71,12 +84,14 @@ class Learner:
             )
         mean = Sums(*(part / np.float32(tasks) for part in total))
         reduced = time.perf_counter()
+        before = self.newest() if self._lag else None
         report = self._loop.step(self._step, torch.from_numpy(mean.gradient).to(self._device))
         self._keep_constants()
         if self._statistics.size:
             momentum = np.float32(STATISTICS_MOMENTUM)
             self._statistics = (1 - momentum) * self._statistics + momentum * mean.statistics
         self._step += 1
+        self._previous = before
         self.seconds = Seconds(reducing=reduced - began, stepping=time.perf_counter() - reduced)
         return dict(zip(METRICS, map(float, mean.metrics), strict=True)) | report
 
@@ -92,7 +107,7 @@ class Learner:
         """A copy of everything, for a checkpoint."""
         optimizer = {name: np.array(value.cpu().numpy()) for name, value in self._loop.optimizer_tensors().items()}
         theta = self._loop.theta.detach().cpu().numpy().copy()
-        return LearnerState(self._step, theta, self._statistics.copy(), optimizer)
+        return LearnerState(self._step, theta, self._statistics.copy(), optimizer, self._previous)
 
     def restore(self, state: LearnerState) -> None:
         """Goes on from a checkpoint's state."""
@@ -101,3 +116,4 @@ class Learner:
         self._loop.load(torch.tensor(state.theta), optimizer)
         self._statistics = np.array(state.statistics)
         self._step = state.step
+        self._previous = state.previous if self._lag else None

@@ -110,7 +110,7 @@ class Rank:
         self, plan: Plan, assigned: list[list[Range]], inner_steps: int, policies: list[BatchNormPolicy]
     ) -> dict[Range, EpisodeScores]:
         """Scores of this rank's ranges of an evaluation."""
-        published = self._learner.publish()
+        published = self._learner.newest()
         return {
             span: self._adapter.score_range(plan, span, published, inner_steps, policies)
             for span in assigned[dist.get_rank()]

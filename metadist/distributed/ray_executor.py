@@ -61,7 +61,7 @@ class RayExecutor:
     or hung one is late with (see `Pace`) is given to another too, and the first answer counts.
 
     While the learner steps, the next step's ranges are already with the adapters, which sample their episodes and
-    wait for its theta: nobody waits for this process in between.
+    wait for its theta: nobody waits for this process in between. With `outer.lag` they have that theta, and go on.
     """
 
     def __init__(
@@ -115,6 +115,9 @@ class RayExecutor:
     def publish(self) -> ray.ObjectRef:
         return self._learner.published
 
+    def newest(self) -> ray.ObjectRef:
+        return self._learner.newest
+
     def run(self, plan: Plan, theta: ray.ObjectRef) -> dict[Range, ray.ObjectRef]:
         ahead, self._ahead = self._ahead, None
         if ahead is None or (ahead.plan, ahead.theta) != (plan, theta):
@@ -128,10 +131,11 @@ class RayExecutor:
 
     def step(self, plan: Plan, theta: ray.ObjectRef, sums: dict[Range, ray.ObjectRef]) -> dict[str, float]:
         while True:
-            report, published = self._learner.step(plan, sums)
+            report, newest = self._learner.step(plan, sums)
             if plan.step + 1 < self._num_steps:
                 following = dataclasses.replace(plan, step=plan.step + 1)
-                self._ahead = self._sums(following, published, following.ranges(len(self._free())), ahead=True)
+                theta_then = self._learner.published_after(newest)
+                self._ahead = self._sums(following, theta_then, following.ranges(len(self._free())), ahead=True)
                 self._ahead.hand_out(self._free())
             try:
                 metrics, seconds = self._learner.ask(report)
@@ -141,7 +145,7 @@ class RayExecutor:
                 self.counters.chunks_recomputed += sum(span.stop - span.start for span in lost)
                 sums |= self._complete(self._sums(plan, theta, lost))
             else:
-                self._learner.published = published
+                self._learner.accept(newest)
                 self.seconds += seconds
                 return metrics
 

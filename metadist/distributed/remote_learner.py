@@ -26,21 +26,32 @@ class RemoteLearner:
         self._scaling = scaling
         self._longest_s: float | None = None
         self.actor: Any = None
+        self._lag = outer.lag
+        self.newest: ray.ObjectRef
+        """Theta and the running statistics, after the last step that was accepted."""
         self.published: ray.ObjectRef
-        """Theta and the running statistics, after the last step that was `accepted`."""
+        """Those at which the next step's meta-gradients are taken: the newest, or with a lag those before."""
 
     def replace(self, state: LearnerState | None) -> None:
         """Starts another actor, from `state`, in place of the one that was there."""
         self.close()
         self.actor = ray.remote(LearnerActor).options(**learner_options(self._scaling)).remote()
         self._longest_s = None
-        self.published = self.actor.prepare.remote(*self._arguments, state)
-        self.ask(self.published)
+        self.published, self.newest = self.actor.prepare.options(num_returns=2).remote(*self._arguments, state)
+        self.ask(self.newest)
 
     def step(self, plan: Plan, sums: dict[Range, ray.ObjectRef]) -> tuple[ray.ObjectRef, ray.ObjectRef]:
-        """Begins an outer step: where its report will be, to be asked for, and what it will publish."""
-        report, published = self.actor.step.options(num_returns=2).remote(plan, list(sums), list(sums.values()))
-        return report, published
+        """Begins an outer step: where its report will be, to be asked for, and where its newest theta."""
+        report, newest = self.actor.step.options(num_returns=2).remote(plan, list(sums), list(sums.values()))
+        return report, newest
+
+    def published_after(self, newest: ray.ObjectRef) -> ray.ObjectRef:
+        """What will be published once a step is accepted whose theta is `newest`."""
+        return self.newest if self._lag else newest
+
+    def accept(self, newest: ray.ObjectRef) -> None:
+        """The step is done whose theta is `newest`."""
+        self.published, self.newest = self.published_after(newest), newest
 
     def state(self) -> LearnerState:
         """A copy of all that it holds."""

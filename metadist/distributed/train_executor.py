@@ -93,6 +93,9 @@ class TrainExecutor:
     def publish(self) -> None:
         """Every rank has theta already."""
 
+    def newest(self) -> None:
+        """Likewise."""
+
     def run(self, plan: Plan, theta: None) -> dict[Range, int]:
         """Which rank is to compute each range: the sums themselves never leave the ranks."""
         del theta

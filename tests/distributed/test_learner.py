@@ -21,6 +21,7 @@ OUTERS = [
     OuterSettings(lr=0.01),
     OuterSettings(optimizer="sgd", lr=0.05, momentum=0.9, schedule="cosine"),
     OuterSettings(optimizer="adamw", lr=0.01, weight_decay=0.1, schedule="step", decay_every=2, warmup_steps=2),
+    OuterSettings(lr=0.01, lag=1),
 ]
 
 
@@ -41,7 +42,7 @@ def go_on(experiment, learner, first, last, workers=1):
 
 
 def bits(state):
-    arrays = {"theta": state.theta, "statistics": state.statistics, **state.optimizer}
+    arrays = {"theta": state.theta, "published": state.published, **state.optimizer}
     return state.step, {name: value.tobytes() for name, value in arrays.items()}
 
 
@@ -100,6 +101,21 @@ def test_what_is_published_is_theta_and_then_the_statistics(experiment):
     assert learner.publish().tobytes() == np.concatenate([state.theta, state.statistics]).tobytes()
     assert (state.theta != experiment.initial_theta).any()
     assert (state.statistics != experiment.initial_statistics).any()
+
+
+def test_with_a_lag_a_steps_gradients_are_taken_at_theta_of_one_step_earlier(experiment):
+    # By hand: theta_1 and theta_2 both come of gradients at theta_0, theta_3 of those at theta_1.
+    learner, adapter = Learner(experiment, OuterSettings(optimizer="sgd", lr=0.1, lag=1), STEPS), Adapter(experiment)
+    thetas = [np.concatenate([experiment.initial_theta, experiment.initial_statistics])]
+    for step in range(4):
+        plan = plan_step(experiment.run_seed, step, 11, 3)
+        sums = adapter.sum_range(plan, Range(0, plan.num_chunks), thetas[max(0, step - 1)])
+        assert learner.publish().tobytes() == thetas[max(0, step - 1)].tobytes()
+        learner.step(plan, {Range(0, plan.num_chunks): sums})
+        size = experiment.theta.size
+        by_hand = thetas[-1][:size] - np.float32(0.1) * (sums.gradient / np.float32(11))
+        np.testing.assert_allclose(learner.newest()[:size], by_hand, rtol=1e-5, atol=1e-7)
+        thetas.append(learner.newest())
 
 
 def test_a_step_divides_the_sums_by_the_number_of_tasks(experiment):

@@ -116,6 +116,22 @@ def test_any_number_of_adapters_gives_the_bits_of_the_process_alone(local_ray: N
         assert bits(fit(config, workers, f"with_{workers}")) == bits(alone)
 
 
+def test_with_a_lag_the_bits_are_the_same_for_any_number_of_adapters_and_after_a_resume(
+    local_ray: None, tmp_path: Path
+) -> None:
+    config = images(tmp_path, "running")
+    plain = fit(config, 0, "plain")
+    config = dataclasses.replace(config, outer=dataclasses.replace(config.outer, lag=1))
+    alone = fit(config, 0, "alone")
+    assert alone.theta_sha256 != plain.theta_sha256
+    for workers in (1, 2):
+        assert bits(fit(config, workers, f"with_{workers}")) == bits(alone)
+    # Stopped between two steps and begun anew, by another number of adapters.
+    short = dataclasses.replace(config.training, steps=3)
+    fit(dataclasses.replace(config, training=short), 2, "resumed")
+    assert bits(fit(config, 1, "resumed")) == bits(alone)
+
+
 def test_running_batch_norm_statistics_have_the_same_bits_too(local_ray: None, tmp_path: Path) -> None:
     config = images(tmp_path, "running")
     assert bits(fit(config, 2, "with_2")) == bits(fit(config, 0, "alone"))
