@@ -14,9 +14,9 @@ from torch import nn
 from metadist.config import Config
 from metadist.core.algorithm import Algorithm
 from metadist.core.batch_norm import batch_norms
-from metadist.core.convolution import with_patch_convolutions
 from metadist.core.keys import TaskKey
-from metadist.core.meta_gradient import Strategy
+from metadist.core.layers import with_layers_for_the_compiler
+from metadist.core.meta_gradient import Precision, Strategy
 from metadist.core.network import Network, make_network
 from metadist.core.params import Layout
 from metadist.core.task_source import TaskSource, spec_of
@@ -42,6 +42,7 @@ class Experiment:
     device: str
     learner_device: str
     threads: int
+    precision: Precision
     skips_bad_episodes: bool
 
 
@@ -81,7 +82,7 @@ def make_experiment(config: Config, source: TaskSource | None = None) -> Experim
     device = "cuda" if config.scaling.use_gpu else "cpu"
     strategy = _strategy(training.strategy, has_convolutions, device)
     if strategy == "loop" and device == "cpu":
-        module = with_patch_convolutions(module)
+        module = with_layers_for_the_compiler(module)
     network = make_network(
         module,
         spec,
@@ -112,6 +113,7 @@ def make_experiment(config: Config, source: TaskSource | None = None) -> Experim
         device=device,
         learner_device="cuda" if config.scaling.learner_gpus else "cpu",
         threads=config.scaling.threads_per_worker,
+        precision=training.precision,
         skips_bad_episodes=training.on_bad_episode == "skip",
     )
 

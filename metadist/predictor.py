@@ -1,15 +1,11 @@
 """An adapted model as a plain `nn.Module`: what is exported, and needs nothing of the run that it came from."""
 
-import copy
-import dataclasses
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from metadist.adaptation import AdaptedModel
-from metadist.core.convolution import PatchConv2d
-from metadist.core.network import Network
 from metadist.core.params import Params
 
 
@@ -26,7 +22,7 @@ class Predictor(nn.Module):
         if network.policy == "support":
             with torch.no_grad():
                 network = network.frozen(model.phi, model.support.x)
-        self.network = with_plain_convolutions(network)
+        self.network = network
         self.algorithm = model.run.experiment.algorithm
         self.support = model.support
         self.classes = len(model.classes_)
@@ -43,13 +39,3 @@ class Predictor(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         outputs = self.algorithm.predict(self.network, self.phi, self.support, x)
         return torch.softmax(outputs[:, : self.classes] / self.temperature, 1) if self.classes else outputs
-
-
-def with_plain_convolutions(network: Network) -> Network:
-    """The network with torch's own convolutions, which every runtime knows: use needs no meta-gradient."""
-    skeletons = copy.deepcopy(network.skeletons)
-    for skeleton in skeletons.values():
-        for layer in skeleton.modules():
-            if type(layer) is PatchConv2d:
-                layer.__class__ = nn.Conv2d  # type: ignore[assignment]
-    return dataclasses.replace(network, skeletons=skeletons)

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from metadist.core.batch_norm import BatchNormPolicy
+from metadist.core.meta_gradient import Precision
 from metadist.core.settings import settings
 
 Count = Annotated[int, Field(ge=1)]
@@ -40,6 +41,10 @@ class TrainingSettings:
     """`auto`: compiled for models with convolutions, whose runs are long enough to repay it, where a C++
     compiler is there (on a GPU none is needed); never with algorithm.checkpoint_inner_steps, since the compiler
     itself decides what it keeps."""
+
+    precision: Precision = "float32"
+    """`bf16-mixed`: matrix products and convolutions of a meta-gradient in bfloat16, forward and backward; parameters,
+    batch norm, losses and all sums stay float32, and so does evaluation. For GPUs that have it; on a CPU for trying."""
 
     @property
     def tasks_per_chunk(self) -> int:

@@ -5,7 +5,6 @@ import types
 from collections.abc import Callable
 from importlib.util import find_spec
 
-import torch
 from torch import Tensor, nn
 
 from benchmarks.contenders.gradients import summed

@@ -45,6 +45,7 @@ def prepare(case: Case, module: nn.Module, batch: EpisodeBatch, *, compile: bool
         experiment.theta,
         strategy=experiment.strategy,
         compile=experiment.compile,
+        device=experiment.device,
     )
     theta = torch.tensor(experiment.initial_theta, device=device)
     statistics = torch.tensor(experiment.initial_statistics, device=device)

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metadist.core.compiled import is_traced
+
 BatchNormPolicy = Literal["transductive", "support", "running", "per_step"]
 Source = Literal["own", "reference", "running"]
 """Whose statistics one forward pass uses: of its whole batch, of the leading rows of it, or the running ones."""
@@ -44,20 +46,22 @@ class EpisodicBatchNorm(nn.Module):
         self.recorded: tuple[Tensor, Tensor, int] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.float() if x.dtype == torch.bfloat16 else x  # Means of many values need more than its eight bits.
         if self.source == "running":
             mean, variance = cast(Tensor, self.running_mean), cast(Tensor, self.running_var)
             return F.batch_norm(x, mean, variance, self.weight, self.bias, training=False, eps=self.eps)
         axes = [axis for axis in range(x.dim()) if axis != 1]
         if self.record:
             self.recorded = (x.mean(axes), x.var(axes, unbiased=True), x.numel() // x.shape[1])
-        if self.source == "own":
+        if self.source == "own" and not is_traced():
             return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
         shape = [1, -1] + [1] * (x.dim() - 2)
-        variance, mean = torch.var_mean(x[: self.reference_size], axes, unbiased=False, keepdim=True)
-        normalised = (x - mean) * torch.rsqrt(variance + self.eps)
+        reference = x if self.source == "own" else x[: self.reference_size]
+        variance, mean = torch.var_mean(reference, axes, unbiased=False, keepdim=True)
+        scale = torch.rsqrt(variance + self.eps)
         if self.weight is None:
-            return normalised
-        return normalised * self.weight.view(shape) + self.bias.view(shape)
+            return (x - mean) * scale
+        return (x - mean) * (scale * self.weight.view(shape)) + self.bias.view(shape)
 
 
 def with_statistics_from(module: nn.Module, source: Source, reference_size: int, record: bool = False) -> nn.Module:

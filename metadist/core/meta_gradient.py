@@ -12,6 +12,7 @@ from torch import Tensor
 from metadist.core.algorithm import Algorithm
 from metadist.core.batch_norm import BatchNormPolicy
 from metadist.core.calibration import bin_sums
+from metadist.core.compiled import Compiled
 from metadist.core.episode import EpisodeBatch, Examples
 from metadist.core.keys import TaskKey, seed_for_layers
 from metadist.core.network import Network
@@ -22,6 +23,7 @@ METRICS = ("loss", "accuracy")
 """Measured on each task's query set after adaptation; accuracy is NaN in regression."""
 
 Strategy = Literal["vmap", "loop"]
+Precision = Literal["float32", "bf16-mixed"]
 
 
 class Sums(NamedTuple):
@@ -59,13 +61,23 @@ class MetaGradient:
     """
 
     def __init__(
-        self, algorithm: Algorithm, network: Network, theta: Layout, *, strategy: Strategy, compile: bool
+        self,
+        algorithm: Algorithm,
+        network: Network,
+        theta: Layout,
+        *,
+        strategy: Strategy,
+        compile: bool,
+        device: str = "cpu",
+        precision: Precision = "float32",
     ) -> None:
         self.algorithm = algorithm
         self.network = network
         self.theta = theta
         self.strategy = strategy
         self.compile = compile
+        self.device = device
+        self.precision = precision
         self._functions: dict[Algorithm, Callable] = {}
 
     def sum_chunk(
@@ -161,8 +173,10 @@ class MetaGradient:
             function: Callable = partial(self._task_gradient, algorithm)
             if self.strategy == "vmap":
                 function = torch.vmap(function, in_dims=(None, None, None, 0, 0), randomness="different")
-            # Sizes never change within a run, so nothing is gained by code for any size.
-            self._functions[algorithm] = torch.compile(function, dynamic=False) if self.compile else function
+            if self.compile:
+                # Sizes never change within a run, so nothing is gained by code for any size.
+                function = torch.compile(function, dynamic=False) if self.device == "cuda" else Compiled(function)
+            self._functions[algorithm] = function
         return self._functions[algorithm]
 
     def _task_gradient(
@@ -177,7 +191,9 @@ class MetaGradient:
         """One task's meta-gradient `[theta]`, its query set's statistics `[statistics]`, its metrics `[METRICS]`."""
         network = self.network.bind(statistics, training=True)
         meta = self.theta.unflatten(theta) | constants
-        gradient, outcome = algorithm.meta_gradient(network, meta, support, query)
+        # Without its cache, which would keep tensors of one derivative for another.
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16-mixed", cache_enabled=False):
+            gradient, outcome = algorithm.meta_gradient(network, meta, support, query)
         with torch.no_grad():
             metrics = torch.stack([outcome.loss, network.accuracy_of(outcome.outputs, query.y)])
             seen = network.set_statistics(outcome.path, query.x)

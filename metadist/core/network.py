@@ -87,11 +87,11 @@ class Network:
         if self.policy == "support" and reference is not None:
             size = reference.shape[0]
             skeleton = self.skeletons[f"reference {size}", self.training]
-            return functional_call(skeleton, model_params, (torch.cat([reference, x]),))[size:]
+            return _widened(functional_call(skeleton, model_params, (torch.cat([reference, x]),))[size:])
         source = self._own_source
         if source == "running":
             model_params |= self._running_statistics()
-        return functional_call(self.skeletons[source, self.training], model_params, (x,))
+        return _widened(functional_call(self.skeletons[source, self.training], model_params, (x,)))
 
     def _model_params(self, params: Params) -> Params:
         """Parameters and constants of the module; an algorithm may put its own values in place of constants."""
@@ -248,6 +248,11 @@ def make_network(
     output_size = _check_outputs(network, module, spec, None if embedding else spec.output_size)
     _check_outputs(network, module, train_spec, output_size)
     return dataclasses.replace(network, output_size=output_size)
+
+
+def _widened(outputs: Tensor) -> Tensor:
+    """Outputs as the loss takes them: float32 where products were of bfloat16."""
+    return outputs.float() if getattr(outputs, "dtype", None) == torch.bfloat16 else outputs
 
 
 def _trained(module: nn.Module) -> Params:

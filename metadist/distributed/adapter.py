@@ -35,6 +35,11 @@ Sampled = tuple[EpisodeBatch | None, dict[int, str]]
 """A chunk's episodes, and the tasks that have none; None where no task has one."""
 
 
+def has_bf16(device: str) -> bool:
+    """Whether a device computes in bfloat16 itself; a CPU at least gives the right results."""
+    return device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 class Adapter:
     """Computes sums and scores over ranges of chunks; has no state that a result depends on."""
 
@@ -52,6 +57,8 @@ class Adapter:
             experiment.theta,
             strategy=experiment.strategy,
             compile=experiment.compile,
+            device=experiment.device,
+            precision=experiment.precision,
         )
 
     def fingerprint(self) -> dict[str, Any]:
@@ -64,6 +71,11 @@ class Adapter:
             raise ClusterError(
                 "scaling.use_gpu is true, but torch sees no CUDA device in an adapter. Set it to false, or run"
                 " where `metadist doctor` lists a GPU."
+            )
+        if experiment.precision == "bf16-mixed" and not has_bf16(experiment.device):
+            raise ClusterError(
+                f"training.precision is bf16-mixed, but {torch.cuda.get_device_name()} cannot compute in bfloat16. Use"
+                " float32, or a newer GPU."
             )
         plan = Plan(experiment.run_seed, "train", 0, experiment.chunk_size, experiment.chunk_size)
         published = np.concatenate([experiment.initial_theta, experiment.initial_statistics])
@@ -78,7 +90,7 @@ class Adapter:
             "threads": experiment.threads,
             "strategy": experiment.strategy,
             "compile": experiment.compile,
-            "dtype": "float32",
+            "dtype": experiment.precision,
             "chunk_size": experiment.chunk_size,
             "canonical_gradient": hashlib.sha256(canonical.gradient.tobytes()).hexdigest(),
             **({"learner": experiment.learner_device} if experiment.learner_device != "cpu" else {}),

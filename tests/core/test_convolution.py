@@ -6,7 +6,8 @@ from torch import nn
 from torch.func import functional_call, grad
 
 from metadist.core import convolution
-from metadist.core.convolution import PatchConv2d, with_patch_convolutions
+from metadist.core.compiled import traced
+from metadist.core.layers import PatchConv2d, WindowMaxPool2d, with_layers_for_the_compiler
 from metadist.experiment import make_experiment
 from metadist.models import Conv4
 from metadist.sections import TrainingSettings
@@ -16,18 +17,22 @@ from tests.builders import classification, random_episodes, tiny_config
 GEOMETRIES = [((3, 3), 1, 1), ((3, 3), 2, 1), ((3, 2), (2, 1), (0, 2)), ((1, 1), 1, 0), ((1, 1), 2, 0)]
 
 
-@pytest.fixture(params=["patches", "onednn and blocks"])
+@pytest.fixture(params=["patches", "onednn"])
 def route(request, monkeypatch):
-    if request.param != "patches":
-        # Two images of the smallest geometry fit; so weights are summed over blocks, the last of which is shorter.
-        monkeypatch.setattr(convolution, "BLOCK_BYTES", 2048)
-        monkeypatch.setattr(convolution, "FEW_CHANNELS", 0)
+    if request.param == "onednn":
+        monkeypatch.setattr(convolution, "PATCH_BYTES", 0)
+
+
+@pytest.fixture(autouse=True)
+def _as_for_the_compiler():
+    with traced():
+        yield
 
 
 def pair(kernel, stride, padding, bias=True):
     torch.manual_seed(0)
     plain = nn.Conv2d(5, 4, kernel, stride, padding, bias=bias).double()
-    return plain, with_patch_convolutions(copy.deepcopy(plain))
+    return plain, with_layers_for_the_compiler(copy.deepcopy(plain))
 
 
 def both_orders(layer, x, params):
@@ -58,7 +63,7 @@ def test_a_third_derivative_through_two_layers_is_that_of_torch():
     # Images of the second layer depend on the weights, too: no argument of the three functions is a constant.
     torch.manual_seed(0)
     plain = nn.Conv2d(3, 3, 3, stride=2, padding=1, bias=False).double()
-    patches = with_patch_convolutions(copy.deepcopy(plain))
+    patches = with_layers_for_the_compiler(copy.deepcopy(plain))
     x, w = torch.randn(2, 3, 7, 7, dtype=torch.float64), plain.weight.detach()
 
     def third(layer):
@@ -71,26 +76,6 @@ def test_a_third_derivative_through_two_layers_is_that_of_torch():
         return grad(function)(w)
 
     torch.testing.assert_close(third(patches), third(plain), rtol=1e-10, atol=0)
-
-
-def test_calls_of_other_sizes_between_change_nothing():
-    # Patches lie in memory that is used again; its border must stay zero and its pixels must be those of this call.
-    _, patches = pair((3, 3), 1, 1)
-    x, other = torch.randn(2, 3, 5, 7, 7, dtype=torch.float64)
-    before = patches(x)
-    kept = before.clone()
-    patches(other)
-    patches(other[:2])
-    assert torch.equal(before, kept)
-    assert torch.equal(patches(x), kept)
-
-
-def test_memory_made_in_inference_mode_serves_outside_of_it():
-    plain, patches = pair((3, 3), 1, 1)
-    x = torch.randn(11, 5, 4, 3, dtype=torch.float64)
-    with torch.inference_mode():
-        patches(x)
-    torch.testing.assert_close(patches(x), plain(x))
 
 
 @pytest.mark.parametrize("shape", [(5, 7, 6), (0, 5, 7, 6)])
@@ -118,7 +103,7 @@ class Doubled(nn.Conv2d):
 )
 def test_convolutions_that_are_not_plain_stay_as_they_are(layer):
     before = type(layer)
-    assert type(with_patch_convolutions(nn.Sequential(layer))[0]) is before
+    assert type(with_layers_for_the_compiler(nn.Sequential(layer))[0]) is before
 
 
 class Images:
@@ -126,6 +111,35 @@ class Images:
 
     def sample(self, keys):
         return random_episodes(self.spec, len(keys), seed=keys[0].task, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("size", "shape"), [(2, (3, 2, 6, 4)), (2, (3, 2, 7, 5)), (3, (2, 1, 9, 10))])
+def test_the_first_largest_of_a_window_is_taken_and_gets_the_gradient_as_torch_has_it(size, shape):
+    plain = nn.MaxPool2d(size)
+    windows = with_layers_for_the_compiler(copy.deepcopy(plain))
+    assert type(windows) is WindowMaxPool2d
+    # Whole numbers of a small range: nearly every window has equal values.
+    x = torch.randint(0, 3, shape, generator=torch.Generator().manual_seed(0)).double()
+    x[0, 0, 0, 1] = torch.nan
+    weights = torch.arange(plain(x).numel(), dtype=torch.float64).view_as(plain(x))
+    for function in (lambda layer, x: layer(x), lambda layer, x: grad(lambda x: (layer(x) * weights).sum())(x)):
+        torch.testing.assert_close(function(windows, x), function(plain, x), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.MaxPool2d(2, stride=1), nn.MaxPool2d((2, 3)), nn.MaxPool2d(3, padding=1), nn.MaxPool2d(2, ceil_mode=True)],
+)
+def test_pools_whose_windows_overlap_or_are_cut_stay_as_they_are(layer):
+    assert type(with_layers_for_the_compiler(nn.Sequential(layer))[0]) is nn.MaxPool2d
+
+
+def test_without_the_compiler_they_are_torchs_own(monkeypatch):
+    plain, patches = pair((3, 3), 1, 1)
+    monkeypatch.setattr("metadist.core.layers.is_traced", lambda: False)
+    monkeypatch.setattr("metadist.core.layers.convolve", None)
+    x = torch.randn(5, 5, 7, 6, dtype=torch.float64)
+    assert torch.equal(patches(x), plain(x))
 
 
 @pytest.mark.parametrize(("strategy", "expected"), [("auto", PatchConv2d), ("loop", PatchConv2d), ("vmap", nn.Conv2d)])

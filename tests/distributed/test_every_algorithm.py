@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import ray
 import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from metadist.algorithms import ALGORITHMS
 from metadist.config import Config
+from metadist.core.compiled import written_down
 from metadist.core.episode import Examples
 from metadist.core.keys import TaskKey
 from metadist.core.meta_gradient import MetaGradient
@@ -98,8 +100,7 @@ def test_every_algorithm_has_the_same_bits_with_0_1_and_2_adapters(name: str, po
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_every_algorithm_is_compiled_in_one_piece(name: str, pool: Path) -> None:
-    # Where torch.compile gives up in the middle of a function, what it makes is barely faster than eager.
+def test_every_algorithm_can_be_written_down_for_the_compiler(name: str, pool: Path) -> None:
     few = {"inner_steps": 2} if "inner_steps" in ALGORITHMS[name].__dataclass_fields__ else {}
     experiment = experiment_of(name, pool, **few)
     compute = MetaGradient(experiment.algorithm, experiment.network, experiment.theta, strategy="loop", compile=False)
@@ -108,9 +109,9 @@ def test_every_algorithm_is_compiled_in_one_piece(name: str, pool: Path) -> None
     theta, statistics = torch.from_numpy(experiment.initial_theta), torch.from_numpy(experiment.initial_statistics)
     function = partial(compute._task_gradient, experiment.algorithm.at_step(0))
     arguments = (theta, statistics, experiment.algorithm.constants_at(0), support, query)
-    torch._dynamo.reset()
-    whole = torch.compile(function, backend="eager", fullgraph=True, dynamic=False)
-    torch.testing.assert_close(whole(*arguments)[0], function(*arguments)[0])
+    leaves, structure = tree_flatten(arguments)
+    graph = written_down(lambda *leaves: function(*tree_unflatten(list(leaves), structure)), leaves)
+    torch.testing.assert_close(graph(*leaves)[0], function(*arguments)[0])
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

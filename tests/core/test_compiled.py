@@ -1,0 +1,53 @@
+import pytest
+import torch
+
+from metadist.core.compiled import Compiled, is_traced, written_down
+from metadist.errors import ModelError
+
+
+def test_it_is_compiled_anew_for_other_sizes_and_takes_arguments_of_any_structure_and_layout():
+    calls = []
+
+    def function(arguments, x):
+        calls.append(is_traced())
+        return {"sum": arguments["a"].sum() + x[0], "product": arguments["a"] @ arguments["b"]}
+
+    compiled = Compiled(function)
+    for size in (3, 5, 3):
+        a, b, x = torch.randn(4, size), torch.randn(4, size).t(), torch.randn(2)
+        found, expected = compiled({"a": a, "b": b}, x), function({"a": a, "b": b}, x)
+        torch.testing.assert_close(found, expected)
+    assert calls == [True, False, True, False, False]  # Traced for 3 and for 5; run as it is three times.
+    assert not is_traced()
+
+
+def test_what_depends_on_values_is_refused_with_the_remedy():
+    with pytest.raises(ModelError, match=r"cannot be compiled: .* use training\.compile: false"):
+        Compiled(lambda x: x * 2 if x.sum() > 0 else x)(torch.randn(3))
+
+
+def test_a_small_factor_is_kept_and_values_stay_the_same():
+    def function(x, scale):
+        factor = torch.rsqrt(scale + 1)
+        return x * factor.view(1, -1), factor + 1
+
+    arguments = torch.randn(40, 3), torch.rand(3)
+    graph = written_down(function, arguments)
+    targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    # The factor is broadcast into x, by way of a view; nothing else is small beside what it goes into.
+    assert targets.count(torch.ops.aten.as_strided.default) == 1
+    torch.testing.assert_close(graph(*arguments), list(function(*arguments)), rtol=0, atol=0)
+
+
+def test_a_sum_of_products_is_one_product_where_that_moves_less():
+    def function(a, b, c, d):
+        return a @ b + c @ d, a.t() @ c + b @ d.t()
+
+    torch.manual_seed(0)
+    a, c = torch.randn(2, 30, 4, dtype=torch.float64)
+    b, d = torch.randn(2, 4, 20, dtype=torch.float64)
+    graph = written_down(function, (a, b, c, d))
+    # The first result has 600 numbers and its factors 400; the second has 16.
+    targets = [node.target for node in graph.graph.nodes]
+    assert targets.count(torch.ops.aten.mm.default) == 3
+    torch.testing.assert_close(graph(a, b, c, d), list(function(a, b, c, d)))
