@@ -25,6 +25,9 @@ class Case:
     tasks: int
     inner_lr: float
     inner_steps: int = 1
+    first_task: int = 0
+    """Where an activation is zero but for rounding, the gradient is a toss-up, and another implementation may give one
+    that differs by a thousandth. Tasks that have such a one are passed over."""
     order: Literal["first", "second"] = "second"
 
     @property
@@ -40,7 +43,7 @@ class Case:
 
     def batch(self) -> EpisodeBatch:
         """The same tasks at every call: sinusoids, or normal pixels, since times do not depend on them."""
-        keys = [TaskKey(0, "train", 0, task) for task in range(self.tasks)]
+        keys = [TaskKey(0, "train", 0, task) for task in range(self.first_task, self.first_task + self.tasks)]
         if self.spec.kind == "regression":
             return Sinusoid(shots=self.spec.support_size, queries=self.spec.query_size).sample(keys)
         return EpisodeBatch(*(self._images(keys, size, number) for number, size in enumerate(self._sizes)))
@@ -78,7 +81,12 @@ def _sinusoids(tasks: int, inner_steps: int, order: Literal["first", "second"]) 
 
 
 def _images(
-    name: str, model: Conv4 | ResNet12, shape: tuple[int, ...], sizes: tuple[int, int, int], tasks: int
+    name: str,
+    model: Conv4 | ResNet12,
+    shape: tuple[int, ...],
+    sizes: tuple[int, int, int],
+    tasks: int,
+    first_task: int = 0,
 ) -> Case:
     ways, shots, queries = sizes
     spec = EpisodeSpec(
@@ -88,7 +96,14 @@ def _images(
         support_size=ways * shots,
         query_size=ways * queries,
     )
-    return Case(name=f"{name}, {ways}w{shots}s, {queries} queries", model=model, spec=spec, tasks=tasks, inner_lr=0.1)
+    return Case(
+        name=f"{name}, {ways}w{shots}s, {queries} {'query' if queries == 1 else 'queries'}",
+        model=model,
+        spec=spec,
+        tasks=tasks,
+        inner_lr=0.1,
+        first_task=first_task,
+    )
 
 
 OMNIGLOT, MINI_IMAGENET = (1, 28, 28), (3, 84, 84)
@@ -102,7 +117,7 @@ CASES: dict[str, Case] = {
         for order in ("second", "first")
     },
     "strided": _images("strided Conv-4", STRIDED, OMNIGLOT, (5, 1, 1), tasks=8),
-    "max_pool": _images("max-pool Conv-4", MAX_POOL, OMNIGLOT, (5, 1, 15), tasks=2),
+    "max_pool": _images("max-pool Conv-4", MAX_POOL, OMNIGLOT, (5, 1, 15), tasks=2, first_task=1),
     "max_pool_20_ways": _images("max-pool Conv-4", MAX_POOL, OMNIGLOT, (20, 5, 5), tasks=1),
     "resnet12": _images("ResNet-12", ResNet12(dropout=0.0, drop_block_rate=0.0), MINI_IMAGENET, (5, 1, 1), tasks=1),
 }

@@ -12,6 +12,7 @@ from metadist.algorithms import MAML
 from metadist.config import Config
 from metadist.core.episode import EpisodeBatch, EpisodeSpec
 from metadist.core.keys import TaskKey
+from metadist.core.memory import keep_freed_memory
 from metadist.core.meta_gradient import MetaGradient
 from metadist.experiment import make_experiment
 from metadist.sections import ScalingSettings, TrainingSettings
@@ -28,6 +29,7 @@ class _Episodes:
 
 
 def prepare(case: Case, module: nn.Module, batch: EpisodeBatch, *, compile: bool = True) -> Callable[[], Tensor]:
+    keep_freed_memory()  # As an adapter does.
     device = batch.support.x.device
     config = Config(
         task=_Episodes(case.spec),

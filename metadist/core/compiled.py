@@ -19,12 +19,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
+from metadist.core.rewrites import REWRITES
 from metadist.errors import ModelError, first_line
 
 OPTIONS = {"cpp_wrapper": True}
-FACTOR = 16
-"""How many times as large a tensor must be into which another is broadcast, so that the smaller one is held."""
-
 _traced: ContextVar[bool] = ContextVar("traced", default=False)
 
 
@@ -44,6 +42,14 @@ def traced() -> Iterator[None]:
         yield
     finally:
         _traced.reset(token)
+
+
+def held(tensor: Tensor) -> Tensor:
+    """`tensor` itself, which the compiler is to keep in memory: it would else write its formula wherever it is read.
+
+    Of what another tensor is a view of by `as_strided`, it keeps all elements, in the usual order.
+    """
+    return tensor.as_strided(tensor.shape, tensor.stride()) if tensor.is_contiguous() else tensor
 
 
 class Compiled:
@@ -86,69 +92,8 @@ def written_down(function: Callable[..., Any], leaves: Sequence[Tensor]) -> fx.G
             f"the model cannot be compiled: {type(error).__name__}: {first_line(error)}. Where its code depends on the"
             " values of tensors, use training.compile: false."
         ) from error
-    graph.graph.eliminate_dead_code()
-    join_products(graph)
-    hold_small_factors(graph)
+    for rewrite in REWRITES:
+        rewrite(graph.graph)
+        graph.graph.eliminate_dead_code()
+    graph.recompile()
     return graph
-
-
-def join_products(graph: fx.GraphModule) -> None:
-    """Makes `a @ b + c @ d` one product of a beside c and b above d, where its result is larger than all four.
-
-    The sum would be one more pass over the result, which the compiler would not save.
-    """
-    mm, cat, add = torch.ops.aten.mm.default, torch.ops.aten.cat.default, torch.ops.aten.add.Tensor
-    for node in list(graph.graph.nodes):
-        terms = node.args if node.target is add and not node.kwargs else ()
-        if len(terms) != 2 or any(
-            not isinstance(term, fx.Node) or term.target is not mm or len(term.users) > 1 for term in terms
-        ):
-            continue
-        (a, b), (c, d) = (term.args for term in terms)
-        if sum(part.meta["val"].numel() for part in (a, b, c, d)) > node.meta["val"].numel():
-            continue
-        with graph.graph.inserting_before(node):
-            left = graph.graph.call_function(cat, ([a, c], 1))
-            right = graph.graph.call_function(cat, ([b, d], 0))
-            joined = graph.graph.call_function(mm, (left, right))
-        for new, axis, parts in ((left, 1, (a, c)), (right, 0, (b, d))):
-            new.meta["val"] = torch.cat([part.meta["val"] for part in parts], axis)
-        joined.meta["val"] = node.meta["val"]
-        node.replace_all_uses_with(joined)
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
-
-
-def hold_small_factors(graph: fx.GraphModule) -> None:
-    """Has small tensors that are broadcast into large ones computed once, and kept.
-
-    Inductor would write, say, a channel's 1 / sqrt(variance) into the loop over all pixels, and compute it for each.
-    What another tensor is a view of, by `as_strided`, it keeps in memory.
-    """
-    for node in list(graph.graph.nodes):
-        value = node.meta.get("val")
-        if node.op != "call_function" or not isinstance(value, Tensor) or _is_view(node):
-            continue
-        if _largest_use(node) >= FACTOR * value.numel():
-            with graph.graph.inserting_after(node):
-                held = graph.graph.call_function(
-                    torch.ops.aten.as_strided.default, (node, list(value.shape), list(value.stride()))
-                )
-            held.meta["val"] = value
-            node.replace_all_uses_with(held, delete_user_cb=lambda user, held=held: user is not held)
-    graph.recompile()
-
-
-def _largest_use(node: fx.Node) -> int:
-    """Elements of the largest tensor that `node`, or a view of it, goes into."""
-    found = 0
-    for user in node.users:
-        value = user.meta.get("val")
-        size = value.numel() if isinstance(value, Tensor) else 0
-        found = max(found, size, _largest_use(user) if _is_view(user) else 0)
-    return found
-
-
-def _is_view(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is None or any(result.alias_info is not None for result in schema.returns)

@@ -5,9 +5,9 @@ Few images are laid out as a matrix of patches, and the convolution is one matri
 what every pixel has in the patches, are each other's derivative, so that a second-order meta-gradient never leaves
 them; the compiler joins them with what comes before and behind, and patches are made once for all that needs them.
 
-Where patches would not fit into a core's cache, oneDNN convolves. There, too, a convolution, the gradient by its images
-and the gradient by its weights are each linear in both of their arguments, and each one's derivatives are the other
-two: three functions that are closed under differentiation.
+Where patches would not fit into a core's cache, and would be larger than the outputs, oneDNN convolves. There, too, a
+convolution, the gradient by its images and the gradient by its weights are each linear in both of their arguments, and
+each one's derivatives are the other two: three functions that are closed under differentiation.
 
     convolve(x, w)               the gradient by x is to_images(g, w), by w to_weights(x, g)
     to_images(g, w)              the gradient by g is convolve(d, w),  by w to_weights(d, g)
@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import Function
+
+from metadist.core.compiled import held
 
 PATCH_BYTES = 1 << 20
 """The most patches that are multiplied as a matrix: about half of a core's second-level cache."""
@@ -100,7 +102,8 @@ class _Patches(Function):
     @staticmethod
     def forward(x: Tensor, geometry: Geometry) -> Tensor:
         pixels, inside = map(torch.from_numpy, _pixels_of_patches(geometry))
-        found = x.reshape(geometry.images, -1, geometry.channels)[:, pixels]
+        # Each pixel is copied into many places: it is not to be computed anew for each of them.
+        found = held(x).reshape(geometry.images, -1, geometry.channels)[:, pixels]
         return found.where(inside[:, None], 0.0).reshape(geometry.num_patches, geometry.patch_size)
 
     @staticmethod
@@ -207,7 +210,8 @@ def convolve(x: Tensor, w: Tensor, stride: Pair, padding: Pair) -> Tensor:
     images, height, width, channels = x.shape
     filters, kh, kw, _ = w.shape
     geometry = Geometry(images, height, width, channels, (kh, kw), stride, padding)
-    if geometry.num_patches * geometry.patch_size * x.element_size() > PATCH_BYTES:
+    is_large = geometry.num_patches * geometry.patch_size * x.element_size() > PATCH_BYTES
+    if is_large and geometry.patch_size > filters:
         y: Tensor = _Convolve.apply(x, w, geometry)
         return y
     patches: Tensor = _Patches.apply(x, geometry)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from metadist.core.compiled import held
+
 
 def max_pool(x: Tensor, size: int) -> Tensor:
     """`[images, height, width, channels]`, by windows of `size` x `size`; rows and columns beyond them do not count.
@@ -30,9 +32,9 @@ class _MaxPool(Function):
         first, *rest = _places_of_windows(x, size)
         largest, place = first, torch.zeros_like(first, dtype=torch.int32)
         for number, value in enumerate(rest, start=1):
-            is_larger = (value > largest) | value.isnan()
+            is_larger = (value > largest) | (value != value)  # NaN; `isnan` is slow in compiled code.
             largest, place = torch.where(is_larger, value, largest), torch.where(is_larger, number, place)
-        return largest, place
+        return largest, held(place)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -15,6 +15,7 @@ from metadist.core.bad_episode import BadEpisode
 from metadist.core.batch_norm import BatchNormPolicy
 from metadist.core.episode import EpisodeBatch, Examples
 from metadist.core.keys import TaskKey
+from metadist.core.memory import keep_freed_memory
 from metadist.core.meta_gradient import METRICS, EpisodeScores, MetaGradient, Sums, score_episodes
 from metadist.core.plan import Plan, Range
 from metadist.core.reduction import reduce_tree
@@ -51,6 +52,7 @@ class Adapter:
         self._sampled: dict[tuple[Plan, int], Sampled] = {}
         """Chunks that are sampled already; at most those of one range."""
         torch.set_num_threads(experiment.threads)
+        keep_freed_memory()
         self.meta_gradient = MetaGradient(
             experiment.algorithm,
             experiment.network,

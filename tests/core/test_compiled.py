@@ -51,3 +51,17 @@ def test_a_sum_of_products_is_one_product_where_that_moves_less():
     targets = [node.target for node in graph.graph.nodes]
     assert targets.count(torch.ops.aten.mm.default) == 3
     torch.testing.assert_close(graph(a, b, c, d), list(function(a, b, c, d)))
+
+
+@pytest.mark.parametrize("batch", [(), (5,)])
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns"), [(3, 1, 4), (3, 6, 1), (1, 6, 4), (1, 1, 4), (1, 6, 1), (3, 6, 4)]
+)
+def test_products_with_a_single_row_or_column_are_multiplied_out(batch, rows, inner, columns):
+    torch.manual_seed(0)
+    a, b = torch.randn(*batch, rows, inner).double(), torch.randn(*batch, columns, inner).double().mT
+    graph = written_down(lambda a, b: (a @ b) + 1, (a, b))
+    targets = {node.target for node in graph.graph.nodes}
+    is_product = bool(targets & {torch.ops.aten.mm.default, torch.ops.aten.bmm.default})
+    assert is_product == (min(rows, inner, columns) > 1)
+    torch.testing.assert_close(graph(a, b), a @ b + 1)
