@@ -12,6 +12,7 @@ least (`operations.py`), over the rate of a large float32 matrix product in the 
 import json
 import os
 import statistics
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,8 @@ from benchmarks.inner_loop_plot import draw
 from benchmarks.operations import matrix_rate, operations_per_task
 
 REFERENCE = "torch.func"
+EAGER = "metadist, eager"
+"""Measured where `training.compile: auto` does not compile."""
 TOLERANCE = 1e-4
 
 
@@ -128,47 +131,64 @@ def table_of(summary: dict[str, Any], device: str) -> Table:
     return table
 
 
+def options(command: Callable[..., None]) -> Callable[..., None]:
+    """What `benchmarks.inner_loop` and `benchmarks.gpu` take."""
+    for option in (
+        click.option("--turn-s", default=0.5, show_default=True, help="Least seconds of a contender's turn."),
+        click.option("--turns", default=7, show_default=True),
+        click.option("--quick", is_flag=True, help="Three cases, three short turns."),
+        click.option("--contender", "names", multiple=True, type=click.Choice(list(CONTENDERS)), help="Only these."),
+        click.option(
+            "--case", "only", multiple=True, type=click.Choice(list(CASES)), help="Only these; all by default."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def run(
-    cases: dict[str, Case], names: list[str], device: str, turns: int, turn_s: float, out: Path, console: Console
+    device: str,
+    only: tuple[str, ...],
+    names: tuple[str, ...],
+    quick: bool,
+    turns: int,
+    turn_s: float,
+    out: Path,
+    console: Console,
 ) -> None:
     """Measures and prints case by case; writes all into `out` (JSON) and beside it as a picture."""
+    if quick:
+        only, turns, turn_s = only or QUICK, 3, 0.2
+    # torch.func comes first: it is what the others' gradients are held against.
+    names = (REFERENCE, *(name for name in CONTENDERS if name in names and name != REFERENCE))
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     missing = [name for name in names if not is_installed(name)]
-    summaries = {}
-    for key, case in cases.items():
+    versions = {"torch": torch.__version__, "device": device, "threads": 1, "turns": turns}
+    summaries: dict[str, Any] = {}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for key in only or CASES:
+        case = CASES[key]
         console.print(f"{case.name} ({key})")
         with ExitStack() as stack:
-            chosen = [name for name in names if name not in missing]
+            chosen = [name for name in names if name not in missing and (name != EAGER or not case.has_convolutions)]
             contenders = {name: stack.enter_context(Contender(name, device)) for name in chosen}
             found, rates = measure(case, contenders, device, turns, turn_s, console)
         summaries[key] = summarised(case, found, rates)
         console.print(table_of(summaries[key], device))
-    if missing:
-        console.print(f"left out, not being installed: {', '.join(missing)}. Install them with: {INSTALL_PEERS}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    versions = {"torch": torch.__version__, "device": device, "threads": 1, "turns": turns}
-    out.write_text(json.dumps(versions | {"cases": summaries}, indent=1))
+        out.write_text(json.dumps(versions | {"cases": summaries}, indent=1))
     draw(summaries, out.with_suffix(".png"))
     console.print(f"{out} and {out.with_suffix('.png')} are written")
+    if missing:
+        console.print(f"left out, not being installed: {', '.join(missing)}. Install them with: {INSTALL_PEERS}")
 
 
 @click.command()
-@click.option("--case", "only", multiple=True, type=click.Choice(list(CASES)), help="Only these; all by default.")
-@click.option("--contender", "names", multiple=True, type=click.Choice(list(CONTENDERS)), help="Only these.")
-@click.option("--quick", is_flag=True, help="Three cases, three short turns.")
-@click.option("--turns", default=7, show_default=True)
-@click.option("--turn-s", default=0.5, show_default=True, help="Least seconds of a contender's turn.")
+@options
 @click.option("--out", default="benchmarks/results/inner_loop.json", show_default=True, type=Path)
 def main(only: tuple[str, ...], names: tuple[str, ...], quick: bool, turns: int, turn_s: float, out: Path) -> None:
     """Measures each case with all contenders, interleaved."""
-    if quick:
-        only, turns, turn_s = only or QUICK, 3, 0.2
-    cases = {key: CASES[key] for key in only or CASES}
-    chosen = [name for name in CONTENDERS if not names or name in names or name == REFERENCE]
-    # torch.func comes first: it is what the others' gradients are held against.
-    chosen.sort(key=lambda name: name != REFERENCE)
-    run(cases, chosen, "cpu", turns, turn_s, out, Console())
+    run("cpu", only, names or tuple(CONTENDERS), quick, turns, turn_s, out, Console(width=120))
 
 
 if __name__ == "__main__":

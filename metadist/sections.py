@@ -35,8 +35,8 @@ class TrainingSettings:
     max_bad_episodes: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Of `skip`: the largest share of the tasks of 100 steps, the last ones, that may be bad until the run ends."""
     strategy: Literal["auto", "vmap", "loop"] = "auto"
-    """`auto`: one by one for models with convolutions on a CPU, all tasks of a chunk at once otherwise. One by one on a
-    CPU, plain two-dimensional convolutions are matrix products over patches (`metadist/core/convolution.py`)."""
+    """`auto`: one by one for models with convolutions on a CPU, all tasks of a chunk at once otherwise. One by one
+    and compiled on a CPU, plain layers are computed in another way (`metadist/core/layers.py`)."""
     compile: Literal["auto"] | bool = "auto"
     """`auto`: compiled for models with convolutions, whose runs are long enough to repay it, where a C++
     compiler is there (on a GPU none is needed); never with algorithm.checkpoint_inner_steps, since the compiler

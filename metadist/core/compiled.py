@@ -22,7 +22,11 @@ from torch.utils import _pytree as pytree
 from metadist.core.rewrites import REWRITES
 from metadist.errors import ModelError, first_line
 
-OPTIONS = {"cpp_wrapper": True}
+OPTIONS: dict[str, Any] = {"cpp_wrapper": True}
+COMPUTE_AGAIN = {f"realize_{what}_threshold": 64 for what in ("reads", "acc_reads", "opcount")}
+"""Options under which the compiler keeps less in memory between two loops, and computes more of it in both."""
+CACHE_BYTES = 1 << 21
+"""A core's second-level cache: where tensors are larger, computing them again is faster than reading them."""
 _traced: ContextVar[bool] = ContextVar("traced", default=False)
 
 
@@ -75,7 +79,11 @@ class Compiled:
         def of_leaves(*leaves: Tensor) -> Any:
             return self._function(*pytree.tree_unflatten(list(leaves), structure))
 
-        code: Callable[..., Any] = torch._inductor.compile(written_down(of_leaves, leaves), leaves, options=OPTIONS)
+        graph = written_down(of_leaves, leaves)
+        values = [node.meta["val"] for node in graph.graph.nodes if isinstance(node.meta.get("val"), Tensor)]
+        is_large = max(value.numel() * value.element_size() for value in values) > CACHE_BYTES
+        options = OPTIONS | COMPUTE_AGAIN if is_large else OPTIONS
+        code: Callable[..., Any] = torch._inductor.compile(graph, leaves, options=options)
         return code
 
 

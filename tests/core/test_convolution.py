@@ -122,7 +122,14 @@ def test_the_first_largest_of_a_window_is_taken_and_gets_the_gradient_as_torch_h
     x = torch.randint(0, 3, shape, generator=torch.Generator().manual_seed(0)).double()
     x[0, 0, 0, 1] = torch.nan
     weights = torch.arange(plain(x).numel(), dtype=torch.float64).view_as(plain(x))
-    for function in (lambda layer, x: layer(x), lambda layer, x: grad(lambda x: (layer(x) * weights).sum())(x)):
+
+    def first(layer, x):
+        return grad(lambda x: (layer(x) ** 2 * weights).sum())(x)
+
+    def second(layer, x):
+        return grad(lambda x: (first(layer, x) ** 2).sum())(x)
+
+    for function in (lambda layer, x: layer(x), first, second):
         torch.testing.assert_close(function(windows, x), function(plain, x), rtol=0, atol=0, equal_nan=True)
 
 
