@@ -4,6 +4,8 @@ Both executors live side by side on one local Ray and take turns, so that other 
 meets both; the ratio of medians is the figure. What is timed is whole meta-iterations: publishing,
 adapting, reducing, stepping. In between, the same adapters compute the same chunks with nothing to
 wait for and nobody to talk to: what the machine itself gives to so many processes at that moment.
+
+With `--light 8 --light 32 ..` it measures instead how many adapters one learner can serve: see `control_plane.py`.
 """
 
 import dataclasses
@@ -17,6 +19,7 @@ import ray
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import control_plane
 from metadist import load_config
 from metadist.config import Config
 from metadist.core.plan import Plan, Range, plan_step
@@ -64,12 +67,24 @@ def seconds_alone(executor: RayExecutor, number: int, config: Config, steps: int
 @click.option("--workers", multiple=True, type=int, default=(1, 2), show_default=True)
 @click.option("--steps", default=10, show_default=True, help="Meta-iterations a turn.")
 @click.option("--turns", default=7, show_default=True)
+@click.option("--light", multiple=True, type=int, help="Instead: so many adapters that only wait; may be repeated.")
+@click.option("--light-s", default=0.05, show_default=True, help="Seconds that a light adapter waits.")
 @click.option("--out", default="benchmarks/results/scaling.json", show_default=True)
-def main(config: str, workers: tuple[int, ...], steps: int, turns: int, out: str) -> None:
+def main(
+    config: str, workers: tuple[int, ...], steps: int, turns: int, light: tuple[int, ...], light_s: float, out: str
+) -> None:
     """Times CONFIG with each number of workers, interleaved."""
     from metadist.distributed.cluster import connect
 
-    console = Console()
+    console = Console(width=120)
+    if light:
+        disconnect = connect(ScalingSettings(), console)
+        found = control_plane.run(light, light_s, steps, console)
+        disconnect()
+        path = Path(out).with_name("control_plane.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found))
+        return
     settings = load_config(config)
     experiment = make_experiment(settings)
     disconnect = connect(ScalingSettings(num_workers=sum(workers)), console)
