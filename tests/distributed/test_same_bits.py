@@ -213,7 +213,7 @@ def test_an_adapter_that_dies_with_the_next_step_already_in_hand_is_replaced_onc
                 # The learner has stepped, and step 2 is with both adapters; the evaluation meets the dead one first.
                 ray.kill(executor._slots[0].actor)
                 episodes = plan_evaluation(0, "val", 8, 4)
-                executor.evaluate(episodes, executor.publish(), 1, ["transductive"])
+                executor.evaluate(episodes, executor.newest(), 1, ["transductive"])
         finals.append(executor.state())
         assert executor.counters.adapters_lost == (1 if disturb else 0)
         executor.close()

@@ -61,7 +61,7 @@ def two_steps_and_an_error(config: Config, scaling: ScalingSettings) -> Evidence
         metrics = step(1)
         with pytest.raises(AdapterError) as caught:
             step(2)
-        scores = executor.evaluate(plan_evaluation(0, "val", 9, 5), executor.publish(), 1, ["transductive"])
+        scores = executor.evaluate(plan_evaluation(0, "val", 9, 5), executor.newest(), 1, ["transductive"])
         state = executor.state()
         assert state.step == 2
         return Evidence(fingerprint, state.theta, metrics, caught.value, scores)
