@@ -81,7 +81,7 @@ def _serve(pipe: Connection, name: str, device: str, threads: int) -> None:
     """Answers cases with their gradients, and numbers of repeats with seconds, until it is ended."""
     import torch
 
-    from benchmarks.operations import synchronize
+    from benchmarks.operations import clock
 
     torch.set_num_threads(threads)
     if name in PEERS:
@@ -106,10 +106,9 @@ def _serve(pipe: Connection, name: str, device: str, threads: int) -> None:
             elif request == "memory":
                 pipe.send(torch.cuda.max_memory_allocated() if device == "cuda" else 0)
             else:
-                began = time.perf_counter()
+                began = clock(device)
                 for _ in range(request):
                     meta_gradient()
-                synchronize(device)
-                pipe.send(time.perf_counter() - began)
+                pipe.send(clock(device) - began)
         except Exception as error:
             pipe.send(RuntimeError(f"{name}: {error!r}"))

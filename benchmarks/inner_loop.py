@@ -1,7 +1,7 @@
 """Meta-gradients of metadist and of its peers, side by side: `python -m benchmarks.inner_loop`.
 
 All contenders compute the same case, each in a process of its own with one thread, and take turns, so that other load
-on the machine meets all of them; figures are medians over turns. First they must agree: each one's meta-gradient is
+on the machine meets all of them; figures are medians over turns, of seconds that the processor worked for them. First they must agree: each one's meta-gradient is
 within a relative 1e-4 of plain `torch.func`'s. The share of the machine's limit is what the layers' products take at
 least (`operations.py`), over the rate of a large float32 matrix product in the same turns.
 
