@@ -1,9 +1,10 @@
 """Meta-gradients of metadist and of its peers, side by side: `python -m benchmarks.inner_loop`.
 
 All contenders compute the same case, each in a process of its own with one thread, and take turns, so that other load
-on the machine meets all of them; figures are medians over turns, of seconds that the processor worked for them. First they must agree: each one's meta-gradient is
-within a relative 1e-4 of plain `torch.func`'s. The share of the machine's limit is what the layers' products take at
-least (`operations.py`), over the rate of a large float32 matrix product in the same turns.
+on the machine meets all of them; figures are medians over turns, in seconds that the processor worked for them. First
+they must agree: each one's meta-gradient is within a relative 1e-4 of plain `torch.func`'s. The share of the machine's
+limit is what the layers' products take at least (`operations.py`), over the rate of a large float32 matrix product in
+the same turns.
 
     bash benchmarks/contenders/install.sh     installs the peers (learn2learn, higher, TorchOpt) into build/peers
     python -m benchmarks.inner_loop --quick   three cases, in a minute or two
