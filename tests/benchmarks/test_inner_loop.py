@@ -10,7 +10,7 @@ from benchmarks.contenders import metadist, torch_func
 from benchmarks.inner_loop_cases import CASES, Case
 from benchmarks.operations import operations_per_task
 
-MLPS = [key for key in CASES if key.startswith("mlp_25")]
+MLPS = [key for key in CASES if key.startswith("mlp_25_tasks_5")]
 
 
 def few_tasks(key: str, tasks: int) -> Case:
