@@ -200,9 +200,7 @@ class _Update:
         self.config = dataclasses.replace(
             config,
             task=MixedSource(self.own, batch, share),
-            outer=dataclasses.replace(
-                outer, lr=self.lr, lr_schedule=None, schedule="constant", warmup_steps=0, lag=0
-            ),
+            outer=dataclasses.replace(outer, lr=self.lr, lr_schedule=None, schedule="constant", warmup_steps=0, lag=0),
             training=dataclasses.replace(
                 training,
                 steps=state.step + self.steps,
