@@ -18,10 +18,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from metadist.sweep import PlaceSettings, Sweep
-from metadist.sweep_directory import SweepDirectory
-from metadist.sweep_file import load_sweep
-from metadist.trial import Report, TrialFailedError, run_trial
+from metadist.sweeps.directory import SweepDirectory
+from metadist.sweeps.file import load_sweep
+from metadist.sweeps.sweep import PlaceSettings, Sweep
+from metadist.sweeps.trial import Report, TrialFailedError, run_trial
 
 SWEEP = Path(__file__).with_suffix(".yaml")
 GRID = Path(__file__).with_name("sinusoid_grid.json")

@@ -5,8 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from metadist.exploration import Bandit, Member, Perturbation, Rates
-from metadist.search_space import parse_distribution
+from metadist.sweeps.search_space import parse_distribution
+from metadist.tuning.exploration import Bandit, Member, Perturbation, Rates
 
 SPACE = {
     "outer.lr": parse_distribution("loguniform(1e-4, 1e-1)"),

@@ -9,13 +9,13 @@ import pytest
 from rich.console import Console
 
 from metadist import MetaTrainer, evaluate
-from metadist.finals import BASE, run_finals
 from metadist.reporting.sweep_page import render_sweep
 from metadist.reporting.sweep_record import read_sweep_record
 from metadist.run_directory import RunDirectory
-from metadist.sweep import FinalSettings, Sweep
-from metadist.sweep_directory import SweepDirectory
-from metadist.sweep_file import load_sweep
+from metadist.sweeps.directory import SweepDirectory
+from metadist.sweeps.file import load_sweep
+from metadist.sweeps.finals import BASE, run_finals
+from metadist.sweeps.sweep import FinalSettings, Sweep
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LOSSES = {0.001: 3.0, 0.01: 1.0, 0.02: 2.0}

@@ -22,10 +22,10 @@ from metadist.experiment import make_experiment
 from metadist.reporting.sweep_page import render_sweep
 from metadist.reporting.sweep_record import read_sweep_record
 from metadist.run_directory import RunDirectory
-from metadist.sweep import Sweep
-from metadist.sweep_directory import SweepDirectory
-from metadist.sweep_file import load_sweep
-from metadist.trial import run_trial
+from metadist.sweeps.directory import SweepDirectory
+from metadist.sweeps.file import load_sweep
+from metadist.sweeps.sweep import Sweep
+from metadist.sweeps.trial import run_trial
 
 BASE = Path(__file__).parents[1] / "configs/sinusoid_maml.yaml"
 QUIET = Console(quiet=True)

@@ -10,12 +10,12 @@ import pytest
 
 from metadist.errors import ConfigError, RunDirectoryError, UserError
 from metadist.run_directory import RunDirectory
-from metadist.search_space import Distribution, parse_distribution
-from metadist.suggestions import make_suggestions
-from metadist.sweep import Sweep
-from metadist.sweep_directory import SweepDirectory
-from metadist.sweep_file import load_sweep
-from metadist.warm_start import with_first_points, with_saved_first_points
+from metadist.sweeps.directory import SweepDirectory
+from metadist.sweeps.file import load_sweep
+from metadist.sweeps.search_space import Distribution, parse_distribution
+from metadist.sweeps.suggestions import make_suggestions
+from metadist.sweeps.sweep import Sweep
+from metadist.sweeps.warm_start import with_first_points, with_saved_first_points
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SWEEP = f"""\

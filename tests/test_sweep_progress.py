@@ -10,10 +10,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from metadist.run_directory import RunDirectory
-from metadist.sweep import Sweep
-from metadist.sweep_directory import SweepDirectory
-from metadist.sweep_file import load_sweep
-from metadist.sweep_progress import SweepProgress
+from metadist.sweeps.directory import SweepDirectory
+from metadist.sweeps.file import load_sweep
+from metadist.sweeps.sweep import Sweep
+from metadist.tuning.progress import SweepProgress
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NUMBERS = {"a": 0, "b": 1, "c": 2}

@@ -10,7 +10,7 @@ from metadist.config import Config
 from metadist.core.outer import OuterSettings
 from metadist.run_directory import RunDirectory
 from metadist.sections import CheckpointSettings, EvaluationSettings, RunSettings
-from metadist.trial import FAILURE_FILE, OUTCOME_FILE, Report, TrialFailedError, run_trial
+from metadist.sweeps.trial import FAILURE_FILE, OUTCOME_FILE, Report, TrialFailedError, run_trial
 from tests.builders import tiny_config
 
 
@@ -59,7 +59,7 @@ def test_an_ended_trial_tells_what_it_told_and_computes_nothing(
     config = config_in(tmp_path)
     before = told_by(config, until=3)
     RunDirectory(config.run_directory).write_json(OUTCOME_FILE, {"outcome": "stopped"})
-    monkeypatch.setattr("metadist.trial.MetaTrainer", None)
+    monkeypatch.setattr("metadist.sweeps.trial.MetaTrainer", None)
     assert told_by(config) == before
 
 
@@ -70,6 +70,6 @@ def test_a_trial_that_diverges_is_marked_and_not_computed_again(
     with pytest.raises(TrialFailedError, match="NonFiniteError"):
         run_trial(config, lambda report: None)
     assert (Path(config.run_directory) / FAILURE_FILE).exists()
-    monkeypatch.setattr("metadist.trial.MetaTrainer", None)
+    monkeypatch.setattr("metadist.sweeps.trial.MetaTrainer", None)
     with pytest.raises(TrialFailedError, match="NonFiniteError"):
         run_trial(config, lambda report: None)

@@ -23,13 +23,13 @@ def tune(sweep: str, resume: bool, earlier: tuple[str, ...], address: str | None
     from rich.table import Table
 
     from metadist.errors import MetadistError
-    from metadist.finals import run_finals
     from metadist.reporting.sweep_page import REPORT_FILE, write_sweep_report
-    from metadist.sweep_directory import BEST_FILE, RESULTS_FILE, SweepDirectory
-    from metadist.sweep_file import load_sweep
-    from metadist.sweep_progress import shown
+    from metadist.sweeps.directory import BEST_FILE, RESULTS_FILE, SweepDirectory
+    from metadist.sweeps.file import load_sweep
+    from metadist.sweeps.finals import run_finals
+    from metadist.sweeps.warm_start import with_first_points, with_saved_first_points
     from metadist.tuning import tune as run_sweep
-    from metadist.warm_start import with_first_points, with_saved_first_points
+    from metadist.tuning.progress import shown
 
     settings = load_sweep(sweep)
     if earlier:

@@ -9,7 +9,7 @@ from metadist.reporting.charts import Chart, span
 from metadist.reporting.page import document, heading
 from metadist.reporting.sweep_record import SweepRecord, Trial, read_sweep_record
 from metadist.scores import HEADERS, written
-from metadist.search_space import Distribution
+from metadist.sweeps.search_space import Distribution
 
 REPORT_FILE = "report.html"
 PREFERRED = ("algorithm.inner_lr", "outer.lr")

@@ -10,14 +10,14 @@ from statistics import median
 from typing import Any
 
 from metadist.errors import UserError
-from metadist.finals import FINALS_FILE
-from metadist.lineage import SCHEDULES, read_lineage, run_directories, scheduled
 from metadist.run_directory import RunDirectory
-from metadist.search_space import Distribution
-from metadist.suggestions import as_optuna
-from metadist.sweep import Point, SchedulerSettings
-from metadist.sweep_directory import SWEEP_FILE, TRIALS, read_all_reports, read_point
-from metadist.trial import Report, read_error, read_outcome
+from metadist.sweeps.directory import SWEEP_FILE, TRIALS, read_all_reports, read_point
+from metadist.sweeps.finals import FINALS_FILE
+from metadist.sweeps.lineage import SCHEDULES, read_lineage, run_directories, scheduled
+from metadist.sweeps.search_space import Distribution
+from metadist.sweeps.suggestions import as_optuna
+from metadist.sweeps.sweep import Point, SchedulerSettings
+from metadist.sweeps.trial import Report, read_error, read_outcome
 
 BEYOND = 10
 """Times the median loss."""

@@ -18,9 +18,9 @@ from metadist import MetaTrainer
 from metadist.config import load_config
 from metadist.distributed.placement import adapter_options
 from metadist.errors import ClusterError
-from metadist.lineage import read_lineage
 from metadist.sections import ScalingSettings
-from metadist.trial import run_trial
+from metadist.sweeps.lineage import read_lineage
+from metadist.sweeps.trial import run_trial
 from metadist.tuning import trials_at_once, tune
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -16,8 +16,8 @@ from metadist.reporting.charts import Chart
 from metadist.reporting.sweep_page import render_sweep, write_sweep_report
 from metadist.reporting.sweep_record import read_sweep_record
 from metadist.run_directory import RunDirectory
-from metadist.sweep_directory import SweepDirectory
-from metadist.sweep_file import load_sweep
+from metadist.sweeps.directory import SweepDirectory
+from metadist.sweeps.file import load_sweep
 from tests import chromium
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -10,9 +10,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from metadist.hparams import write_hparams
-from metadist.sweep import Sweep
-from metadist.sweep_directory import SweepDirectory
+from metadist.sweeps.directory import SweepDirectory
+from metadist.sweeps.hparams import write_hparams
+from metadist.sweeps.sweep import Sweep
 from metadist.tracking import clock
 
 SHOWN_GOING = 12

@@ -16,10 +16,10 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from rich.console import Console
 from rich.text import Text
 
-from metadist.exploration import Bandit, Member, Perturbation
-from metadist.lineage import rates_at_the_end
-from metadist.sweep import Sweep
-from metadist.sweep_directory import SweepDirectory
+from metadist.sweeps.directory import SweepDirectory
+from metadist.sweeps.lineage import rates_at_the_end
+from metadist.sweeps.sweep import Sweep
+from metadist.tuning.exploration import Bandit, Member, Perturbation
 
 
 class Population(FIFOScheduler):

@@ -8,7 +8,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import hparams
 
 from metadist.files import replacing
-from metadist.sweep import Sweep
+from metadist.sweeps.sweep import Sweep
 
 HPARAMS_FILE = "events.out.tfevents.0000000000000000000.hparams"
 """One name, so that a trial which is told again to have ended has no second entry."""

@@ -1,9 +1,9 @@
 """Which schedulers go with which searchers, budgets and spaces."""
 
 from metadist.config_file import Document
-from metadist.lineage import SCHEDULES
-from metadist.search_space import Distribution
-from metadist.sweep import BudgetSettings, SchedulerSettings, SearcherSettings
+from metadist.sweeps.lineage import SCHEDULES
+from metadist.sweeps.search_space import Distribution
+from metadist.sweeps.sweep import BudgetSettings, SchedulerSettings, SearcherSettings
 
 
 def scheduler_problems(

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from metadist.errors import UserError, first_line
-from metadist.lineage import SCHEDULES
-from metadist.search_space import as_tuples
-from metadist.sweep import Point, Sweep
-from metadist.sweep_directory import RESULTS_FILE, SWEEP_FILE, TRIALS, read_point, trial_name
+from metadist.sweeps.directory import RESULTS_FILE, SWEEP_FILE, TRIALS, read_point, trial_name
+from metadist.sweeps.lineage import SCHEDULES
+from metadist.sweeps.search_space import as_tuples
+from metadist.sweeps.sweep import Point, Sweep
 
 POINTS_EACH = 5
 """Of every earlier sweep."""

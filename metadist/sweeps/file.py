@@ -9,9 +9,10 @@ from metadist.config import checked_section, config_from_document, config_to_dic
 from metadist.config_errors import unknown_key
 from metadist.config_file import Document, read_document
 from metadist.errors import ConfigError, first_line
-from metadist.lineage import scheduled
-from metadist.search_space import Distribution, parse_distribution
-from metadist.sweep import (
+from metadist.sweeps.lineage import scheduled
+from metadist.sweeps.rules import scheduler_problems
+from metadist.sweeps.search_space import Distribution, parse_distribution
+from metadist.sweeps.sweep import (
     BudgetSettings,
     FinalSettings,
     ObjectiveSettings,
@@ -22,7 +23,6 @@ from metadist.sweep import (
     Sweep,
     config_at,
 )
-from metadist.sweep_rules import scheduler_problems
 
 _SECTIONS: dict[str, type] = {
     "objective": ObjectiveSettings,

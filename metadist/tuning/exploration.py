@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from metadist.errors import UserError
-from metadist.search_space import Distribution
+from metadist.sweeps.search_space import Distribution
 
 Rates = dict[str, float]
 RESAMPLE = 0.25

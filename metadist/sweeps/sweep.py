@@ -1,4 +1,4 @@
-"""Sweeps: what is searched over what space on what budget; `sweep_file.py` reads them from YAML."""
+"""Sweeps: what is searched over what space on what budget; `file.py` reads them from YAML."""
 
 import json
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from pydantic import Field
 from metadist.config import Config, config_from_document
 from metadist.config_file import dump_yaml, parse_document
 from metadist.core.settings import settings
-from metadist.search_space import Distribution
 from metadist.sections import Count, CountOrZero
+from metadist.sweeps.search_space import Distribution
 
 Point = dict[str, Any]
 """A value for every key of the space whose condition holds."""

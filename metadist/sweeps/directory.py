@@ -11,7 +11,8 @@ from metadist.config import config_to_dict
 from metadist.config_file import dump_yaml
 from metadist.errors import RunDirectoryError
 from metadist.files import replacing, writing
-from metadist.lineage import (
+from metadist.run_directory import RunDirectory
+from metadist.sweeps.lineage import (
     SCHEDULES,
     branch,
     branch_directory,
@@ -22,10 +23,9 @@ from metadist.lineage import (
     run_directories,
     scheduled,
 )
-from metadist.run_directory import RunDirectory
-from metadist.search_space import as_tuples
-from metadist.sweep import Point, Sweep
-from metadist.trial import OUTCOME_FILE, Report, read_error, read_outcome, read_reports
+from metadist.sweeps.search_space import as_tuples
+from metadist.sweeps.sweep import Point, Sweep
+from metadist.sweeps.trial import OUTCOME_FILE, Report, read_error, read_outcome, read_reports
 
 SWEEP_FILE = "sweep.json"
 TRIALS = "trials"

@@ -18,8 +18,8 @@ from metadist.config import Config
 from metadist.files import replacing
 from metadist.paired import Comparison
 from metadist.scores import HEADERS, Score, add_column, mean_and_interval, written
-from metadist.sweep import Point, Sweep
-from metadist.sweep_directory import SweepDirectory
+from metadist.sweeps.directory import SweepDirectory
+from metadist.sweeps.sweep import Point, Sweep
 
 FINALS_FILE = "finals.json"
 BASE = "base config"

@@ -4,8 +4,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
 from metadist.errors import UserError
-from metadist.search_space import Distribution
-from metadist.sweep import Point, Sweep
+from metadist.sweeps.search_space import Distribution
+from metadist.sweeps.sweep import Point, Sweep
 
 if TYPE_CHECKING:
     import optuna

@@ -33,16 +33,16 @@ from metadist.distributed.cluster import connect
 from metadist.distributed.placement import resources_per_adapter
 from metadist.errors import ClusterError, ConfigError, InterruptedRun
 from metadist.experiment import open_task
-from metadist.population import Population
 from metadist.reporting.sweep_page import write_sweep_report
 from metadist.run_directory import RunDirectory
 from metadist.sections import ScalingSettings
-from metadist.suggestions import Suggestions, make_suggestions
-from metadist.sweep import Sweep
-from metadist.sweep_directory import SweepDirectory
-from metadist.sweep_file import load_sweep
-from metadist.sweep_progress import SweepProgress
-from metadist.trial import TrialFailedError, read_reports, run_trial
+from metadist.sweeps.directory import SweepDirectory
+from metadist.sweeps.file import load_sweep
+from metadist.sweeps.suggestions import Suggestions, make_suggestions
+from metadist.sweeps.sweep import Sweep
+from metadist.sweeps.trial import TrialFailedError, read_reports, run_trial
+from metadist.tuning.population import Population
+from metadist.tuning.progress import SweepProgress
 
 
 def trainable(config: dict[str, Any]) -> None:
