@@ -2,7 +2,7 @@
 # make train   set everything up and meta-train the sinusoid example
 # make test    set everything up and pass the tests
 # make check   lint and types
-# make chaos   the tests in which everything goes wrong at once (some ten minutes)
+# make chaos   the tests in which everything goes wrong at once (some twenty minutes)
 # make fuzz    10,000 spoiled configs, pools, run directories and episodes
 # make audit   known vulnerabilities of the pinned versions (needs the network)
 PYTHON ?= python3

@@ -1,4 +1,4 @@
-"""The tier of tests in which everything goes wrong at once: `make chaos`, some ten minutes."""
+"""The tier of tests in which everything goes wrong at once: `make chaos`, some twenty minutes."""
 
 import pytest
 from rich.console import Console
@@ -7,7 +7,6 @@ from tests.chaos.actor_manager import ACTORS, ROUNDS, rounds
 from tests.chaos.disturbed_run import CHECKPOINT_EVERY, disturb, three_nodes
 from tests.chaos.resume import killed_and_resumed
 from tests.chaos.schedule import KINDS, schedule
-from tests.chaos.sweep import SCHEDULERS
 from tests.chaos.sweep import killed_and_resumed as killed_and_resumed_sweep
 
 pytestmark = pytest.mark.chaos
@@ -38,7 +37,7 @@ def test_forty_of_forty_calls_of_unreliable_actors_give_their_result() -> None:
     assert outcome.raised
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", ["asha", "pbt"])
 def test_a_sweep_killed_at_ten_random_moments_ends_with_the_table_of_an_undisturbed_one(scheduler: str) -> None:
     outcome = killed_and_resumed_sweep(scheduler, 10, seed=1, console=Console(stderr=True))
     assert outcome.killed == 10
