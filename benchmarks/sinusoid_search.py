@@ -126,7 +126,7 @@ def show(result: dict[str, Any]) -> None:
         f"grid's best {best['losses'][-1]:.4f} at inner_lr {best[INNER]:.3g}, lr {best[OUTER]:.3g};"
         f" {result['grid_steps']:,} steps"
     )
-    table = Table("search", "seed", "trials", "steps of the grid's", "loss", "over its best", INNER, OUTER, title=title)
+    table = Table("search", "seed", "trials", "steps", "loss", "to the best", "inner_lr", "lr", title=title)
     for name, rows in result["found"].items():
         for row in rows:
             cells = [str(row["seed"]), str(row["trials"]), f"{row['share']:.1%}", f"{row['loss']:.4f}"]

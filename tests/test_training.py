@@ -1,14 +1,19 @@
 """The training loop beside an executor that loses its learner."""
 
+import contextlib
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from metadist import MetaTrainer
+from metadist.algorithms import MAML
 from metadist.distributed.in_process import InProcessExecutor
 from metadist.errors import LearnerLostError
+from metadist.experiment import make_experiment
 from metadist.sections import CheckpointSettings, FailureSettings, RunSettings
 from tests.builders import tiny_config
 
@@ -69,3 +74,19 @@ def test_more_losses_than_are_allowed_end_the_run(tmp_path: Path, monkeypatch: p
     )
     with pytest.raises(LearnerLostError):
         MetaTrainer(config_in(tmp_path, 2), console=Console(quiet=True)).fit(evaluate=False)
+
+
+def test_runs_one_after_another_in_a_process_are_all_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch gives up on a function of which it has compiled too many versions, and computes it with other bits."""
+    # The quickest compiler: what is counted is how often it is called.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    limits = torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True)
+    with limits, contextlib.closing(tiny_executor(0.05)) as first, contextlib.closing(tiny_executor(0.07)) as second:
+        one, other = first.start(None, None, lambda: False), second.start(None, None, lambda: False)
+    assert one["canonical_gradient"] != other["canonical_gradient"]
+
+
+def tiny_executor(inner_lr: float) -> InProcessExecutor:
+    config = tiny_config(algorithm=MAML(inner_lr=inner_lr, inner_steps=1))
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, compile=True))
+    return InProcessExecutor(make_experiment(config), config.outer, config.training.steps)

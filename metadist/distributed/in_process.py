@@ -36,6 +36,9 @@ class InProcessExecutor:
         self, state: LearnerState | None, expected: dict[str, Any] | None, stop: Callable[[], bool]
     ) -> dict[str, Any]:
         del stop
+        # Of one function torch compiles only so many versions in a process, and then runs it uncompiled, with other
+        # bits: those of earlier runs in this process must not count.
+        torch.compiler.reset()
         self._adapter = Adapter(self._arguments[0])
         self.replace_learner(state)
         fingerprint = self._adapter.fingerprint()
