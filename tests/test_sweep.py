@@ -334,6 +334,20 @@ def test_optuna_begins_with_the_first_points_and_then_follows_what_it_is_told(tm
     assert min(distances[2:]) < 0.5
 
 
+@pytest.mark.parametrize("searcher", ["tpe", "gp"])
+def test_optuna_keeps_away_from_where_trials_diverge(tmp_path: Path, searcher: str) -> None:
+    pytest.importorskip("optuna")
+    change = ("name: random", f"name: {searcher}"), ("trials: 5", "trials: 30")
+    suggestions, diverged = make_suggestions(sweep_of(tmp_path, *change)), []
+    for number in range(30):
+        rate = suggestions.ask(number, None)["algorithm.inner_lr"]
+        diverged.append(rate > 0.1)
+        suggestions.tell(number, math.inf if diverged[-1] else abs(math.log(rate / 0.03)))
+    # A third of the space, in its logarithm. Of trials that are called failures Optuna learns nothing, and goes there.
+    assert any(diverged[:10])
+    assert sum(diverged[15:]) <= 5
+
+
 def test_the_first_points_of_a_sweep_under_way_are_remembered(tmp_path: Path) -> None:
     place = ("searcher:", f"run: {{storage_path: {tmp_path}, name: out}}\nsearcher:")
     sweep = dataclasses.replace(sweep_of(tmp_path, place), first_points=(at(0.2),))

@@ -29,7 +29,7 @@ def tune(sweep: str, resume: bool, earlier: tuple[str, ...], address: str | None
     from metadist.sweeps.finals import run_finals
     from metadist.sweeps.warm_start import with_first_points, with_saved_first_points
     from metadist.tuning import tune as run_sweep
-    from metadist.tuning.progress import shown
+    from metadist.tuning.progress import score, shown
 
     settings = load_sweep(sweep)
     if earlier:
@@ -57,9 +57,8 @@ def tune(sweep: str, resume: bool, earlier: tuple[str, ...], address: str | None
         (row for row in rows if row[metric] is not None), key=lambda row: row[metric], reverse=mode == "max"
     )
     for row in scored + [row for row in rows if row[metric] is None]:
-        value = "" if row[metric] is None else f"{row[metric]:.4f}"
         values = (shown(row[key]) for key in settings.space)
-        table.add_row(str(row["trial"]), row["outcome"], str(row["step"]), value, *values)
+        table.add_row(str(row["trial"]), row["outcome"], str(row["step"]), score(row[metric]), *values)
     result_console().print(table)
     for row in rows:
         if row["error"]:

@@ -22,7 +22,7 @@ class Suggestions(Protocol):
         """The point of trial `number`; `tried` is what this trial had before the sweep was resumed."""
 
     def tell(self, number: int, value: float | None) -> None:
-        """The last metric of a trial that ended; None where it failed."""
+        """The last metric of a trial that ended, infinitely bad where it diverged; None where nothing is known."""
 
 
 def make_suggestions(sweep: Sweep) -> Suggestions:

@@ -238,8 +238,9 @@ class _Search(Searcher):
         return {"base": self._sweep.base, **self._directory.overrides(number, step=1)}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        is_good = not error and result is not None and "failed" not in result
-        value = result.get(self._sweep.objective.metric) if is_good and result else None
+        value = None if error or not result else result.get(self._sweep.objective.metric)
+        if result and "failed" in result:
+            value = -math.inf if self._sweep.objective.mode == "max" else math.inf
         self._suggestions.tell(self._numbers[trial_id], value)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -117,7 +117,14 @@ class SweepProgress(ray_tune.Callback):
     def _cells(self, row: dict[str, Any], state: str) -> list[str]:
         value = row[self._sweep.objective.metric]
         settings = [shown(row.get(key)) for key in self._sweep.space]
-        return [str(row["trial"]), state, str(row["step"]), "" if value is None else f"{value:.4f}", *settings]
+        return [str(row["trial"]), state, str(row["step"]), score(value), *settings]
+
+
+def score(value: float | None) -> str:
+    """A metric in a table."""
+    if value is None:
+        return ""
+    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3g}"
 
 
 def shown(value: Any) -> str:
