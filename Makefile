@@ -4,13 +4,14 @@
 # make check   lint and types
 # make chaos   the tests in which everything goes wrong at once (some twenty minutes)
 # make fuzz    10,000 spoiled configs, pools, run directories and episodes
+# make bench   how fast meta-gradients are beside plain torch.func, and beside the peers that are installed
 # make audit   known vulnerabilities of the pinned versions (needs the network)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install train test test-on-ray test-on-heads test-without-ray chaos fuzz check audit clean
+.PHONY: install train test test-on-ray test-on-heads test-without-ray chaos fuzz bench check audit clean
 
 install: $(INSTALLED)
 
@@ -36,6 +37,9 @@ chaos: $(INSTALLED)
 
 fuzz: $(INSTALLED)
 	FUZZ_CASES=10000 $(BIN)/python -m pytest tests/test_fuzz.py
+
+bench: $(INSTALLED)
+	TORCHINDUCTOR_COMPILE_THREADS=2 $(BIN)/python -m benchmarks.inner_loop --quick
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ limit is what the layers' products take at least (`operations.py`), over the rat
 the same turns.
 
     bash benchmarks/contenders/install.sh     installs the peers (learn2learn, higher, TorchOpt) into build/peers
-    python -m benchmarks.inner_loop --quick   three cases, in a minute or two
+    python -m benchmarks.inner_loop --quick   two cases, in a minute or two
 """
 
 import json
@@ -137,7 +137,7 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--turn-s", default=0.5, show_default=True, help="Least seconds of a contender's turn."),
         click.option("--turns", default=7, show_default=True),
-        click.option("--quick", is_flag=True, help="Three cases, three short turns."),
+        click.option("--quick", is_flag=True, help="Two cases, three short turns."),
         click.option("--contender", "names", multiple=True, type=click.Choice(list(CONTENDERS)), help="Only these."),
         click.option(
             "--case", "only", multiple=True, type=click.Choice(list(CASES)), help="Only these; all by default."
