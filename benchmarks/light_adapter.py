@@ -25,6 +25,9 @@ class LightAdapter:
         del experiment
         return {}, "this"
 
+    def sample_ahead(self, plan: Plan, span: Range) -> None:
+        """There is nothing to sample."""
+
     def sum_range(self, plan: Plan, span: Range, published: np.ndarray) -> tuple[Receipt, tuple[np.ndarray, ...]]:
         """A receipt, and what `Sums` holds: gradient, statistics, metrics, number of tasks that were left out."""
         del plan, span, published
