@@ -118,7 +118,7 @@ CASES: dict[str, Case] = {
     },
     "strided": _images("strided Conv-4", STRIDED, OMNIGLOT, (5, 1, 1), tasks=8),
     "max_pool": _images("max-pool Conv-4", MAX_POOL, OMNIGLOT, (5, 1, 15), tasks=2, first_task=1),
-    "max_pool_20_ways": _images("max-pool Conv-4", MAX_POOL, OMNIGLOT, (20, 5, 5), tasks=1, first_task=2),
+    "max_pool_20_ways": _images("max-pool Conv-4", MAX_POOL, OMNIGLOT, (20, 5, 5), tasks=1, first_task=6),
     "resnet12": _images("ResNet-12", ResNet12(dropout=0.0, drop_block_rate=0.0), MINI_IMAGENET, (5, 1, 1), tasks=1),
 }
 QUICK = ("mlp_25_tasks_1_steps_second", "strided")
