@@ -27,12 +27,20 @@ def explained(image_report):
             phi = experiment.algorithm.adapt(network, meta, support, 2)[-1]
             return torch.log_softmax(network.outputs(phi, x, support.x), -1)[0]
 
-    return explain(experiment, state, episode, 4, 2), episode, log_probabilities
+    def gained(x):
+        """How far the predicted class is from what it is for the mean of the support set."""
+        at_input = log_probabilities(episode.support, x)
+        at_baseline = log_probabilities(episode.support, episode.support.x.mean(0, keepdim=True))
+        return float((at_input - at_baseline)[at_input.argmax()])
+
+    # The query example that there is the most to explain of.
+    query = max(range(len(episode.query.x)), key=lambda number: abs(gained(episode.query.x[number : number + 1])))
+    return explain(experiment, state, episode, query, 2), episode, log_probabilities
 
 
 def test_attributions_add_up_to_the_difference_from_the_baseline(explained):
     found, episode, log_probabilities = explained
-    x = episode.query.x[4:5]
+    x = episode.query.x[found.query : found.query + 1]
     at_input = log_probabilities(episode.support, x)
     at_baseline = log_probabilities(episode.support, episode.support.x.mean(0, keepdim=True))
     assert found.predicted == int(at_input.argmax())
@@ -45,7 +53,7 @@ def test_attributions_add_up_to_the_difference_from_the_baseline(explained):
 
 def test_a_support_example_matters_by_what_its_replacement_costs(explained):
     found, episode, log_probabilities = explained
-    x, support = episode.query.x[4:5], episode.support
+    x, support = episode.query.x[found.query : found.query + 1], episode.support
     whole = log_probabilities(support, x)[found.predicted]
     for number, value in enumerate(found.support):
         changed = support.x.clone()
