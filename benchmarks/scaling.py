@@ -9,7 +9,6 @@ With `--light 8 --light 32 ..` it measures instead how many adapters one learner
 """
 
 import dataclasses
-import json
 import statistics
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import control_plane
+from benchmarks.results import write_results
 from metadist import load_config
 from metadist.config import Config
 from metadist.core.plan import Plan, Range, plan_step
@@ -81,9 +81,7 @@ def main(
         disconnect = connect(ScalingSettings(), console)
         found = control_plane.run(light, light_s, steps, console)
         disconnect()
-        path = Path(out).with_name("control_plane.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found))
+        write_results(Path(out).with_name("control_plane.json"), {"steps": steps, "adapters": found})
         return
     settings = load_config(config)
     experiment = make_experiment(settings)
@@ -131,9 +129,7 @@ def main(
     for executor in executors.values():
         executor.close()
     disconnect()
-    path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"config": config, "steps": steps, "seconds": seconds, "seconds_alone": alone}))
+    write_results(out, {"config": config, "steps": steps, "seconds": seconds, "seconds_alone": alone})
 
 
 if __name__ == "__main__":

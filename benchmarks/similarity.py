@@ -4,10 +4,8 @@ Tasks of several families are adapted to, and scored with query labels beside pr
 meta-learning. It hurts where the adapted model is no better than the best of these; `foretold` has the definitions.
 """
 
-import json
 import time
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import click
@@ -16,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.results import write_results
 from metadist.adaptation import LoadedRun, load
 from metadist.baselines import BASELINES, accuracy
 from metadist.core.episode import Examples
@@ -100,9 +99,7 @@ def main(run_dir: str, other: str, tasks: int, seed: int) -> None:
     for definition, (tasks_hurt, area) in found.items():
         console.print(f"{definition}: {tasks_hurt} tasks; AUROC {area:.3f}")
     result = {"run": run_dir, "step": run.step, "seed": seed, "tasks": tasks, "rows": rows, "auroc": found}
-    path = Path("benchmarks/results/similarity.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2))
+    write_results("benchmarks/results/similarity.json", result)
 
 
 def foretold(rows: list[dict[str, Any]]) -> dict[str, tuple[int, float]]:

@@ -6,12 +6,10 @@ the ratio of their medians, the time that the driver itself spends on watching i
 """
 
 import functools
-import json
 import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -20,6 +18,7 @@ import ray
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.results import write_results
 from benchmarks.scaling import seconds_of
 from metadist import load_config
 from metadist.core.plan import Range
@@ -113,9 +112,7 @@ def main(config: str, steps: int, turns: int, out: str) -> None:
     for executor in executors.values():
         executor.close()
     disconnect()
-    path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"config": config, "steps": steps, "seconds": seconds, "seconds_watching": watching}))
+    write_results(out, {"config": config, "steps": steps, "seconds": seconds, "seconds_watching": watching})
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from metadist.algorithms import MAML
 from metadist.config import Config
 from metadist.core.episode import EpisodeBatch, EpisodeSpec, Examples
 from metadist.core.keys import TaskKey
-from metadist.core.memory import keep_freed_memory
-from metadist.core.meta_gradient import MetaGradient, Sums
+from metadist.core.meta_gradient import Sums
+from metadist.distributed.adapter import Adapter
 from metadist.experiment import make_experiment
 from metadist.sections import ScalingSettings, TrainingSettings
 
@@ -32,7 +32,6 @@ class _Episodes:
 
 
 def prepare(case: Case, module: nn.Module, batch: EpisodeBatch, *, compile: bool = True) -> Callable[[], Tensor]:
-    keep_freed_memory()  # As an adapter does.
     device = batch.support.x.device
     config = Config(
         task=_Episodes(case.spec),
@@ -42,14 +41,7 @@ def prepare(case: Case, module: nn.Module, batch: EpisodeBatch, *, compile: bool
         scaling=ScalingSettings(num_workers=0, use_gpu=device.type == "cuda"),
     )
     experiment = make_experiment(config)
-    compute = MetaGradient(
-        experiment.algorithm,
-        experiment.network,
-        experiment.theta,
-        strategy=experiment.strategy,
-        compile=experiment.compile,
-        device=experiment.device,
-    )
+    compute = Adapter(experiment).meta_gradient
     theta = torch.tensor(experiment.initial_theta, device=device)
     statistics = torch.tensor(experiment.initial_statistics, device=device)
     chunk_size = min(CHUNK_SIZE, case.tasks)

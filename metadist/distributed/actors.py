@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import ObjectLostError
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError
 
 from metadist.core.batch_norm import BatchNormPolicy
 from metadist.core.meta_gradient import EpisodeScores, Sums
@@ -15,6 +15,9 @@ from metadist.distributed.adapter import Adapter
 from metadist.distributed.learner import Learner, LearnerState
 from metadist.distributed.receipt import Receipt
 from metadist.distributed.seconds import Seconds
+
+DEATHS = (RayActorError, WorkerCrashedError, OutOfMemoryError)
+"""What a call raises whose actor has died; the last one where Ray killed it for its node's memory."""
 
 
 class SumsLost(Exception):

@@ -10,10 +10,10 @@ import threading
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from metadist.distributed.actors import DEATHS
 from metadist.distributed.placement import resources_per_adapter
 from metadist.distributed.rank import RankArguments, run_rank
 from metadist.errors import LearnerLostError, RanksResizedError, first_line
@@ -140,7 +140,7 @@ class _Watch(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         causes = {rank: getattr(error, "health_check_failure", error) for rank, error in worker_exceptions.items()}
         # Where a rank died, the others fail in the exchange that it does not come to.
-        died = {rank: error for rank, error in causes.items() if isinstance(error, RayActorError)}
+        died = {rank: error for rank, error in causes.items() if isinstance(error, DEATHS)}
         (rank, error), *others = (died or causes).items()
         reason = f"rank {rank} {'died' if died else 'failed'}: {first_line(error)}"
         ray.get(self._conductor.lost.remote(reason, 1 + len(others)))

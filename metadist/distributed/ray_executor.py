@@ -9,11 +9,8 @@ import numpy as np
 import ray
 from ray.exceptions import (
     ObjectLostError,
-    OutOfMemoryError,
-    RayActorError,
     RayError,
     RayTaskError,
-    WorkerCrashedError,
 )
 
 from metadist.callbacks import Callback
@@ -22,7 +19,7 @@ from metadist.core.batch_norm import BatchNormPolicy
 from metadist.core.meta_gradient import EpisodeScores
 from metadist.core.outer import OuterSettings
 from metadist.core.plan import Plan, Range
-from metadist.distributed.actors import AdapterActor, SumsLost
+from metadist.distributed.actors import DEATHS, AdapterActor, SumsLost
 from metadist.distributed.draining import DrainingNodes
 from metadist.distributed.executor import Counters
 from metadist.distributed.fingerprint import refuse_other
@@ -49,8 +46,6 @@ POLL_S = 0.25
 """How often a wait looks up to see whether it should stop, and whether a call is late."""
 MAX_FAILED_STARTS = 3
 """Adapters that die one after another before any of them was ready, until the run gives up."""
-
-_LOST = (RayActorError, WorkerCrashedError, OutOfMemoryError)
 
 
 class RayExecutor:
@@ -226,7 +221,7 @@ class RayExecutor:
                 call = calls.pop(reference)
                 try:
                     receipt = ray.get(reference)
-                except _LOST:
+                except DEATHS:
                     ledger.lost(call.actor)
                     self._replace(call.slot, call.actor)
                 except ObjectLostError as error:
@@ -251,7 +246,7 @@ class RayExecutor:
         call = self._overdue.pop(reference)
         try:
             ray.get(reference)
-        except _LOST:
+        except DEATHS:
             self._replace(call.slot, call.actor)
         except RayError:
             pass  # The other adapter's answer stands, whatever became of this one.
@@ -303,7 +298,7 @@ class RayExecutor:
         assert slot.starting is not None
         try:
             fingerprint, node = ray.get(slot.starting)
-        except _LOST as error:
+        except DEATHS as error:
             slot.failed_starts += 1
             if slot.failed_starts >= MAX_FAILED_STARTS:
                 raise AdapterError(
