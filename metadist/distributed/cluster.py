@@ -5,9 +5,12 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import ray
+from ray._private import services
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
@@ -45,15 +48,16 @@ def connect(scaling: ScalingSettings, console: Console) -> Callable[[], None]:
             console.print("Starting a local Ray")
             make_token()
             # "local": left out, Ray would join whatever cluster was last started on this machine.
-            ray.init(
-                address="local",
-                num_cpus=_local_cpus(scaling, console),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                # Ray would run its workers at niceness 15, where whatever else the machine does comes first.
-                _system_config={"worker_niceness": 0},
-            )
+            with _beyond_our_signals():
+                ray.init(
+                    address="local",
+                    num_cpus=_local_cpus(scaling, console),
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    # Ray would run its workers at niceness 15, where whatever else the machine does comes first.
+                    _system_config={"worker_niceness": 0},
+                )
     except (AuthenticationError, ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         if not address:
             raise ClusterError(
@@ -71,6 +75,21 @@ def connect(scaling: ScalingSettings, console: Console) -> Callable[[], None]:
         ray.shutdown()
         raise
     return ray.shutdown
+
+
+@contextmanager
+def _beyond_our_signals() -> Iterator[None]:
+    """What Ray starts meanwhile lies in sessions of its own, out of reach of signals to this process's group.
+
+    Ray's GCS and raylet end at SIGTERM. `timeout`, supervisors and Slurm send it to the whole group; the rest of
+    the step and the checkpoint need them. They still end with this process, which Ray asks of the kernel.
+    """
+    popen = services.ConsolePopen
+    services.ConsolePopen = partial(popen, start_new_session=True)  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen  # type: ignore[misc]
 
 
 def _check_answers(address: str) -> None:
