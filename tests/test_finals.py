@@ -12,12 +12,14 @@ from metadist import MetaTrainer, evaluate
 from metadist.reporting.sweep_page import render_sweep
 from metadist.reporting.sweep_record import read_sweep_record
 from metadist.run_directory import RunDirectory
+from metadist.sections import ScalingSettings
 from metadist.sweeps.directory import SweepDirectory
 from metadist.sweeps.file import load_sweep
 from metadist.sweeps.finals import BASE, run_finals
 from metadist.sweeps.sweep import FinalSettings, Sweep
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+NO_RAY = ScalingSettings(num_workers=0)
 LOSSES = {0.001: 3.0, 0.01: 1.0, 0.02: 2.0}
 """Of the trials' last validation, by their inner rate."""
 
@@ -62,7 +64,7 @@ def directory(sweep: Sweep) -> SweepDirectory:
 
 def test_the_best_ones_are_trained_with_new_seeds_and_compared_task_by_task(sweep, directory) -> None:
     quiet = Console(quiet=True)
-    finals = run_finals(sweep, directory, quiet)
+    finals = run_finals(sweep, directory, NO_RAY, quiet)
     assert [each.name for each in finals.finalists] == [BASE, "trial 1", "trial 2"]
     assert [each.point.get("algorithm.inner_lr") for each in finals.finalists] == [None, 0.01, 0.02]
     scores = {}
@@ -94,11 +96,11 @@ def test_the_best_ones_are_trained_with_new_seeds_and_compared_task_by_task(swee
     assert "<h2>On test tasks</h2>" in page
     # Called again, nothing is trained a second time.
     before = {path: path.stat().st_mtime_ns for path in (directory.path / "finals").rglob("theta.safetensors")}
-    assert run_finals(sweep, directory, quiet) == finals
+    assert run_finals(sweep, directory, NO_RAY, quiet) == finals
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def test_no_finals_are_made_where_none_are_asked_for(sweep, directory) -> None:
     without = dataclasses.replace(sweep, final=FinalSettings())
-    assert run_finals(without, directory, Console(quiet=True)) is None
+    assert run_finals(without, directory, NO_RAY, Console(quiet=True)) is None
     assert not (directory.path / "finals").exists()

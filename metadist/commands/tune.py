@@ -26,8 +26,8 @@ def tune(sweep: str, resume: bool, earlier: tuple[str, ...], address: str | None
     from metadist.reporting.sweep_page import REPORT_FILE, write_sweep_report
     from metadist.sweeps.directory import BEST_FILE, RESULTS_FILE, SweepDirectory
     from metadist.sweeps.file import load_sweep
-    from metadist.sweeps.finals import run_finals
     from metadist.sweeps.warm_start import with_first_points, with_saved_first_points
+    from metadist.tuning import train_finals
     from metadist.tuning import tune as run_sweep
     from metadist.tuning.progress import score, shown
 
@@ -43,7 +43,7 @@ def tune(sweep: str, resume: bool, earlier: tuple[str, ...], address: str | None
         raise MetadistError(
             f"no trial of {directory.path} came to a validation: see the column error of {RESULTS_FILE}."
         )
-    finals = run_finals(settings, directory, progress_console())
+    finals = train_finals(settings, address=address, console=progress_console())
     if finals is not None:
         write_sweep_report(str(directory.path))
     if as_json:

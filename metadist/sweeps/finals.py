@@ -18,6 +18,7 @@ from metadist.config import Config
 from metadist.files import replacing
 from metadist.paired import Comparison
 from metadist.scores import HEADERS, Score, add_column, mean_and_interval, written
+from metadist.sections import ScalingSettings
 from metadist.sweeps.directory import SweepDirectory
 from metadist.sweeps.sweep import Point, Sweep
 
@@ -72,10 +73,11 @@ class Finals:
         return table
 
 
-def run_finals(sweep: Sweep, directory: SweepDirectory, console: Console) -> Finals | None:
-    """Trains what is not trained yet, evaluates all on the test tasks once, and writes finals.json.
+def run_finals(sweep: Sweep, directory: SweepDirectory, scaling: ScalingSettings, console: Console) -> Finals | None:
+    """Trains what is not trained yet, one after another, evaluates all on the test tasks once, writes finals.json.
 
-    None where the sweep asks for no finals, or no trial was validated.
+    `scaling` says with how many adapters, which changes no bit. None where the sweep asks for no finals, or no trial
+    was validated.
     """
     best = directory.ranked()[: sweep.final.candidates]
     if not best:
@@ -86,7 +88,9 @@ def run_finals(sweep: Sweep, directory: SweepDirectory, console: Console) -> Fin
     overrides: dict[str, Point] = {BASE: {}}
     overrides |= {name: directory.overrides(number) for name, number in numbers.items()}
     configs = [
-        _config(sweep, directory, name, changed, seed) for name, changed in overrides.items() for seed in _seeds(sweep)
+        dataclasses.replace(_config(sweep, directory, name, changed, seed), scaling=scaling)
+        for name, changed in overrides.items()
+        for seed in _seeds(sweep)
     ]
     finals = _summed(sweep, settings, compare(configs, split="test", console=console))
     with replacing(directory.path / FINALS_FILE) as partial:

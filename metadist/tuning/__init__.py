@@ -38,6 +38,7 @@ from metadist.run_directory import RunDirectory
 from metadist.sections import ScalingSettings
 from metadist.sweeps.directory import SweepDirectory
 from metadist.sweeps.file import load_sweep
+from metadist.sweeps.finals import Finals, run_finals
 from metadist.sweeps.suggestions import Suggestions, make_suggestions
 from metadist.sweeps.sweep import Sweep
 from metadist.sweeps.trial import TrialFailedError, read_reports, run_trial
@@ -161,6 +162,25 @@ def tune(
     if len(ended) < sweep.num_trials:
         raise InterruptedRun(f"Interrupted after {len(ended)} of {sweep.num_trials} trials. Go on with --resume.")
     return results
+
+
+def train_finals(sweep: Sweep, *, address: str | None = None, console: Console | None = None) -> Finals | None:
+    """Trains the best settings of an ended sweep, and its base config, anew, and scores them on the test tasks.
+
+    Each training has the adapters of all trials that ran at once. None where the sweep asks for no finals. Raises
+    UserError as `tune` does.
+    """
+    if not sweep.final.candidates:
+        return None
+    console = console or Console(stderr=True)
+    scaling = sweep.config({}).scaling
+    scaling = dataclasses.replace(scaling, address=address or scaling.address)
+    with ExitStack() as stack:
+        if least := scaling.worker_limits[0]:
+            stack.callback(connect(dataclasses.replace(scaling, num_workers=least), console))
+            room = trials_at_once(scaling, ray.cluster_resources())
+            scaling = dataclasses.replace(scaling, num_workers=(least, least * room))
+        return run_finals(sweep, SweepDirectory(sweep), scaling, console)
 
 
 def trials_at_once(scaling: ScalingSettings, cluster: Mapping[str, float]) -> int:

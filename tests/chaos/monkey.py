@@ -24,7 +24,8 @@ from metadist.run_directory import RunDirectory
 
 STALL_S = 2.0
 BREATH_S = 1.0
-"""Where a fault is due and too few adapters are ready for it: how long the next step is put off."""
+LONGEST_BREATH_S = 16.0
+"""Where a fault is due and too few adapters are ready for it, the next step is put off; twice as long each time."""
 FAILURES_OF_STORAGE = 3
 
 
@@ -40,6 +41,7 @@ class Monkey(Callback):
         self._learner_comes_back = False
         self._just_hurt: list[Any] = []
         self._at = 0
+        self._breath = BREATH_S
         self._lost_slots: dict[Slot, float] = {}
         self._lost_actors: dict[Any, tuple[str, float]] = {}
         self._waiting: dict[tuple[int, Range], tuple[str, float]] = {}
@@ -87,9 +89,11 @@ class Monkey(Callback):
                 self._due.remove(fault)
                 self.injected[fault[1]] += 1
                 due.remove(fault)
+                self._breath = BREATH_S
                 break
         if due:
-            time.sleep(BREATH_S)
+            time.sleep(self._breath)
+            self._breath = min(2 * self._breath, LONGEST_BREATH_S)
 
     def _inject(self, kind: str, step: int) -> bool:
         """False where it is not the moment for this fault."""

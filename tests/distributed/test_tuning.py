@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +20,12 @@ from metadist.config import load_config
 from metadist.distributed.placement import adapter_options
 from metadist.errors import ClusterError
 from metadist.sections import ScalingSettings
+from metadist.sweeps.directory import SweepDirectory
+from metadist.sweeps.file import load_sweep
+from metadist.sweeps.finals import run_finals
 from metadist.sweeps.lineage import read_lineage
 from metadist.sweeps.trial import run_trial
-from metadist.tuning import trials_at_once, tune
+from metadist.tuning import train_finals, trials_at_once, tune
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 WAIT_S = 300
@@ -37,6 +41,7 @@ overrides:
   training.meta_batch_size: 4
   training.chunk_size: 2
   evaluation.val_episodes: 4
+  evaluation.episodes: 20
 space:
   algorithm.inner_lr: loguniform(1e-3, 0.1)
 objective: {{metric: loss}}
@@ -98,6 +103,21 @@ def test_two_trials_with_an_adapter_each_share_two_cpus_and_the_best_config_trai
     told: list[dict[str, Any]] = []
     run_trial(config, told.append)
     assert told[-1]["loss"] == min(row["loss"] for row in table)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("two_cpus")
+def test_finals_share_the_adapters_of_all_trials_at_once_and_come_to_what_one_process_comes_to(tmp_path: Path) -> None:
+    path = write_sweep(tmp_path, workers=1, trials=2, scheduler="{name: none}", searcher="random", at_once=2)
+    path.write_text(path.read_text() + "final: {candidates: 1, seeds: 1}\n")
+    quiet = Console(quiet=True)
+    sweep = load_sweep(path)
+    tune(sweep, console=quiet)
+    finals = train_finals(sweep, console=quiet)
+    place = tmp_path / "sweep/finals"
+    assert {load_config(run / "config.yaml").scaling.num_workers for run in place.iterdir()} == {(1, 2)}
+    shutil.rmtree(place)
+    assert finals == run_finals(sweep, SweepDirectory(sweep), ScalingSettings(num_workers=0), quiet)
 
 
 @pytest.mark.ray
