@@ -102,10 +102,9 @@ HAS = {"sgd": (False, False), "momentum": (True, False), "adam": (True, True)}
 """Of which of the two keys each optimizer has."""
 
 
-@pytest.mark.parametrize("searcher", ["random", "tpe"])
+@pytest.mark.parametrize("searcher", ["random", "tpe", "hyperopt"])
 def test_a_key_is_searched_only_where_its_condition_holds(tmp_path: Path, searcher: str) -> None:
-    if searcher == "tpe":
-        pytest.importorskip("optuna")
+    pytest.importorskip({"random": "numpy", "tpe": "optuna"}.get(searcher, searcher))
     more = ("trials: 5", "trials: 20"), ("name: random", f"name: {searcher}")
     sweep = sweep_of(tmp_path, CONDITIONAL, *more)
     suggestions = make_suggestions(sweep)
@@ -313,9 +312,16 @@ def test_points_outside_of_the_space_are_left_out_and_missing_keys_are_the_base_
         with_first_points(sweep_of(tmp_path), [str(tmp_path)])
 
 
-@pytest.mark.parametrize("searcher", ["tpe", "gp"])
-def test_optuna_begins_with_the_first_points_and_then_follows_what_it_is_told(tmp_path: Path, searcher: str) -> None:
-    pytest.importorskip("optuna")
+LEARNING = pytest.mark.parametrize(
+    ("searcher", "package"), [("tpe", "optuna"), ("gp", "optuna"), ("hyperopt", "hyperopt")]
+)
+
+
+@LEARNING
+def test_what_learns_begins_with_the_first_points_and_then_follows_what_it_is_told(
+    tmp_path: Path, searcher: str, package: str
+) -> None:
+    pytest.importorskip(package)
     change = ("name: random", f"name: {searcher}"), ("trials: 5", "trials: 14")
     sweep = dataclasses.replace(sweep_of(tmp_path, *change), first_points=(at(0.01), at(0.9, 2)))
 
@@ -334,9 +340,9 @@ def test_optuna_begins_with_the_first_points_and_then_follows_what_it_is_told(tm
     assert min(distances[2:]) < 0.5
 
 
-@pytest.mark.parametrize("searcher", ["tpe", "gp"])
-def test_optuna_keeps_away_from_where_trials_diverge(tmp_path: Path, searcher: str) -> None:
-    pytest.importorskip("optuna")
+@LEARNING
+def test_what_learns_keeps_away_from_where_trials_diverge(tmp_path: Path, searcher: str, package: str) -> None:
+    pytest.importorskip(package)
     change = ("name: random", f"name: {searcher}"), ("trials: 5", "trials: 30")
     suggestions, diverged = make_suggestions(sweep_of(tmp_path, *change)), []
     for number in range(30):

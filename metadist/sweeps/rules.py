@@ -15,7 +15,7 @@ def scheduler_problems(
 ) -> list[str]:
     """What does not go together, in sentences."""
     problems = []
-    if scheduler.begins_all_at_once and searcher.name in ("tpe", "gp"):
+    if scheduler.begins_all_at_once and searcher.learns:
         problems.append(
             f"searcher.name must be random with scheduler.name: {scheduler.name}, whose trials all begin before one has"
             f" told anything, got {searcher.name}{document.place(('searcher', 'name'))}. Use scheduler asha with it."

@@ -80,10 +80,15 @@ class SchedulerSettings:
 
 @settings
 class SearcherSettings:
-    """Section `searcher`: which point is tried next. `tpe` and `gp` are Optuna's (extra `tune`; `gp` needs SciPy)."""
+    """Section `searcher`: which point is tried next. `tpe` and `gp` are Optuna's, `hyperopt` HyperOpt's TPE."""
 
-    name: Literal["random", "grid", "tpe", "gp"] = "random"
+    name: Literal["random", "grid", "tpe", "gp", "hyperopt"] = "random"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    @property
+    def learns(self) -> bool:
+        """Whether the next point depends on what the trials before have told. These need the extra `tune`."""
+        return self.name not in ("random", "grid")
 
 
 @settings

@@ -31,7 +31,7 @@ def with_first_points(sweep: Sweep, directories: list[str], points_each: int = P
     had not are those of the base config. Raises UserError where a directory holds no results, or nothing fits.
     """
     if sweep.searcher.name == "grid":
-        raise UserError("--from needs a searcher that chooses (random, tpe, gp), and searcher.name is grid.")
+        raise UserError("--from needs a searcher that chooses (random, tpe, gp, hyperopt), and searcher.name is grid.")
     ranked = [_best(sweep, Path(directory))[:points_each] for directory in directories]
     taken: list[Point] = []
     for turn in itertools.zip_longest(*ranked):
