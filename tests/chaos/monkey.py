@@ -1,6 +1,7 @@
 """What goes wrong: faults injected between steps, while adapters are at work on the next one."""
 
 import errno
+import math
 import os
 import random
 import signal
@@ -25,7 +26,7 @@ from metadist.run_directory import RunDirectory
 STALL_S = 2.0
 BREATH_S = 1.0
 LONGEST_BREATH_S = 16.0
-"""Where a fault is due and too few adapters are ready for it, the next step is put off; twice as long each time."""
+"""Where a fault is due and there is no occasion for it, the next step is put off; up to twice as long each time."""
 FAILURES_OF_STORAGE = 3
 
 
@@ -36,6 +37,8 @@ class Monkey(Callback):
         self._due, self._cluster, self._nodes = due, cluster, nodes
         self._random = random.Random(seed)
         self._executor: RayExecutor | None = None
+        self._nodes_needed = len(nodes)
+        self._room_since = 0.0
         self._storage_fails = 0
         self._learner_killed: float | None = None
         self._learner_comes_back = False
@@ -92,8 +95,17 @@ class Monkey(Callback):
                 self._breath = BREATH_S
                 break
         if due:
+            self._put_off_the_next_step()
+
+    def _put_off_the_next_step(self) -> None:
+        """Until the driver has an adapter to take in: it does so between steps alone, and is not to be kept from it."""
+        assert self._executor is not None
+        starting = [slot.starting for slot in self._executor._slots if slot.starting is not None]
+        if starting:
+            ray.wait(starting, num_returns=1, timeout=self._breath)
+        else:
             time.sleep(self._breath)
-            self._breath = min(2 * self._breath, LONGEST_BREATH_S)
+        self._breath = min(2 * self._breath, LONGEST_BREATH_S)
 
     def _inject(self, kind: str, step: int) -> bool:
         """False where it is not the moment for this fault."""
@@ -103,10 +115,14 @@ class Monkey(Callback):
             if not self._nodes or self._num_ready() < 2:
                 return False
             node = self._nodes.pop(0)
+            if len(self._nodes) < self._nodes_needed:
+                self._room_since = math.inf
             self._note(kind, [slot for slot in self._ready() if slot.node == node.node_id])
             self._cluster.remove_node(node, allow_graceful=False)
         elif kind == "node added":
             self._nodes.append(self._cluster.add_node(num_cpus=1))
+            if len(self._nodes) >= self._nodes_needed and self._room_since == math.inf:
+                self._room_since = time.monotonic()
         elif kind == "storage fails":
             self._storage_fails = FAILURES_OF_STORAGE
         elif kind == "checkpoint torn":
@@ -202,7 +218,8 @@ class Monkey(Callback):
     def _after_admit(self, result: None, executor: RayExecutor, slot: Slot) -> None:
         if slot.starting is None and slot in self._lost_slots:
             since = self._lost_slots.pop(slot)
-            self.recoveries["a lost adapter is replaced and ready"].append(time.monotonic() - since)
+            where = "" if since >= self._room_since else ", where a node was missing"
+            self.recoveries[f"a lost adapter is replaced and ready{where}"].append(time.monotonic() - since)
 
 
 def _nothing(*_: Any) -> None:

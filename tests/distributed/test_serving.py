@@ -27,6 +27,7 @@ from metadist.tasks.class_pool import PoolRow, write_pool
 from tests.builders import tiny_config
 
 MEGABYTES = 1
+SECONDS = 10
 TOKEN = "a token for tests alone"
 
 
@@ -63,7 +64,7 @@ def test_every_client_has_the_right_answer_or_an_error_whatever_the_others_do(ru
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "metadist", "serve", run, "--port", str(port), "--token-file", str(token_file)]
-    command += ["--most-megabytes", str(MEGABYTES), "--json"]
+    command += ["--most-megabytes", str(MEGABYTES), "--timeout", str(SECONDS), "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ray_home)
     try:
         said = "".join(iter(process.stdout.readline, "}\n")) + "}"
@@ -90,6 +91,13 @@ def test_every_client_has_the_right_answer_or_an_error_whatever_the_others_do(ru
             "/v1/models/{id}",
             "/v1/models/{id}/predictions",
         }
+        silent = process_of(url, TOKEN)
+        os.kill(silent, signal.SIGSTOP)
+        try:
+            assert send(url, Request("about", "/v1/run", b"", TOKEN))[0] == 408
+        finally:
+            os.kill(silent, signal.SIGCONT)
+        assert process_of(url, TOKEN) == silent
     finally:
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
