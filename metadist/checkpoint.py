@@ -20,6 +20,7 @@ from safetensors.numpy import load, save
 from metadist.core.params import Layout
 from metadist.distributed.learner import LearnerState
 from metadist.errors import CheckpointError, RunDirectoryError
+from metadist.files import parse_json
 from metadist.run_directory import RunDirectory
 
 FORMAT = 1
@@ -85,7 +86,7 @@ class Checkpoints:
         where = f"{self._directory.location}/{place}"
         files = self._verified_files(place, where)
         try:
-            state = json.loads(files["state.json"])
+            state = parse_json(files["state.json"])
             parts = PARTS if state == _state(step, PARTS) else PARTS[:-1]
             tensors = {name: load(files[f"{name}.safetensors"]) for name in parts}
         except (KeyError, ValueError, SafetensorError) as error:
@@ -143,7 +144,7 @@ class Checkpoints:
             raise CheckpointError(f"{where}: manifest.json is torn or altered. The checkpoint is not used.")
         content = self._read(place, "manifest.json")
         try:
-            digests = json.loads(content)["sha256"]
+            digests = parse_json(content)["sha256"]
             # Nothing signs the manifest itself, so it must be what `save` writes, to the byte.
             intact = isinstance(digests, dict) and content == _manifest(digests)
         except (ValueError, KeyError, TypeError):

@@ -1,6 +1,5 @@
 """Exported models: loading them, predicting with them, and what they cost."""
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 
 from metadist.core.episode import EpisodeSpec
 from metadist.errors import DataError, UserError, first_line
+from metadist.files import parse_json
 
 KEY = "metadist"
 """Under which the description lies in an ONNX file's metadata and in a `.pt2` file's extra files."""
@@ -63,7 +63,11 @@ def load_exported(path: str) -> ExportedModel:
     described, run = _load_onnx(path) if suffix == ".onnx" else _load_pt2(path)
     if not described:
         raise UserError(f"{path}: holds no labels of metadist. Export it with `metadist adapt --out`.")
-    return ExportedModel(path, json.loads(described), run)
+    try:
+        description = parse_json(described)
+    except ValueError as error:
+        raise UserError(f"{path}: what it says of its labels is no JSON ({error}). Export the model again.") from None
+    return ExportedModel(path, description, run)
 
 
 def _load_onnx(path: str) -> tuple[str, Callable[[np.ndarray], np.ndarray]]:

@@ -1,12 +1,13 @@
 """Paths and URIs as pyarrow file systems: local directories, s3://, gs:// and the others it knows."""
 
 import errno
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -108,3 +109,11 @@ def replacing(path: Path) -> Iterator[Path]:
 def reason(error: OSError) -> str:
     """What the operating system or the object store says, in one line."""
     return os.strerror(error.errno) if error.errno else (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def parse_json(content: str | bytes) -> Any:
+    """The value of JSON that was read back. Raises ValueError for any other content, however deep it is nested."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deep") from None

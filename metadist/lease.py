@@ -38,7 +38,7 @@ from rich.text import Text
 
 from metadist.callbacks import Callback, Status
 from metadist.errors import LeaseError, LeaseLostError, MetadistError, RunDirectoryError
-from metadist.files import open_file_system, reason, writing
+from metadist.files import open_file_system, parse_json, reason, writing
 
 LEASE_FILE = "lease.json"
 BEAT_S = 5.0
@@ -66,7 +66,7 @@ class Holder:
     def parse(cls, content: bytes) -> "Holder | None":
         """None where the file is torn or not ours."""
         try:
-            holder = cls(**json.loads(content))
+            holder = cls(**parse_json(content))
         except (ValueError, TypeError):
             return None
         return holder if type(holder.pid) is int and holder.pid > 0 else None

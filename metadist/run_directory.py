@@ -14,7 +14,7 @@ from rich.text import Text
 
 from metadist.config_file import dump_yaml
 from metadist.errors import RunDirectoryError
-from metadist.files import READ_PATIENCE_S, WRITE_PATIENCE_S, open_file_system, patiently, reason, writing
+from metadist.files import READ_PATIENCE_S, WRITE_PATIENCE_S, open_file_system, parse_json, patiently, reason, writing
 
 T = TypeVar("T")
 _MAY_HOLD_LINKS = ("", "checkpoints", "checkpoints/*", "tensorboard", "versions", "versions/*", "versions/*/*")
@@ -149,7 +149,7 @@ class RunDirectory:
     def read_json(self, name: str) -> Any:
         """A JSON file's value. Raises RunDirectoryError where it is missing or torn."""
         try:
-            return json.loads(self.read(name))
+            return parse_json(self.read(name))
         except ValueError as error:
             raise RunDirectoryError(
                 f"{self.location}/{name}: not valid JSON ({error}). Restore the file or start another run directory."

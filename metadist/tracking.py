@@ -14,7 +14,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import scalar
 
-from metadist.files import replacing, writing
+from metadist.files import parse_json, replacing, writing
 
 METRICS_FILE = "metrics.jsonl"
 LINE_EVERY_S = 10.0
@@ -109,7 +109,7 @@ def without_nan(values: dict[str, Any]) -> dict[str, Any]:
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl."""
     path = directory / METRICS_FILE
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [parse_json(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def open_after(path: Path, last_step: int, *, first_step: int = 1) -> IO[str]:
@@ -118,7 +118,7 @@ def open_after(path: Path, last_step: int, *, first_step: int = 1) -> IO[str]:
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                if first_step <= json.loads(line)["step"] <= last_step:
+                if first_step <= parse_json(line)["step"] <= last_step:
                     kept.append(line)
             except (ValueError, LookupError, TypeError):
                 continue  # Torn by a kill.

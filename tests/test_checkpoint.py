@@ -307,6 +307,19 @@ def test_json_that_is_no_manifest_is_refused(checkpoints, place, value, indent):
         checkpoints.load(3)
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "state.json"])
+def test_json_too_deep_to_parse_is_passed_over_as_any_other_damage(checkpoints, place, name):
+    checkpoints.save(state_at(2))
+    checkpoints.save(state_at(3))
+    (place(3) / name).write_text("[" * 60_000)
+    if name != "manifest.json":
+        digest = hashlib.sha256((place(3) / name).read_bytes()).hexdigest()
+        rewrite_manifest(place(3), lambda digests: digests.update({name: digest}))
+    warnings = []
+    assert checkpoints.load_latest(warnings.append).step == 2
+    assert len(warnings) == 1
+
+
 def test_a_checkpoint_under_another_steps_name_is_refused(checkpoints, place):
     checkpoints.save(state_at(3))
     place(3).rename(place(4))

@@ -1,6 +1,5 @@
 """What a run directory holds: config, metrics, evaluation, fingerprint, and when its steps were made."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from metadist.config import OWN_OBJECT
 from metadist.config_file import parse_document
 from metadist.errors import RunDirectoryError
 from metadist.evaluation import read_config_text
+from metadist.files import parse_json
 from metadist.run_directory import RunDirectory
 from metadist.tracking import METRICS_FILE
 
@@ -104,7 +104,7 @@ def _metric_lines(directory: RunDirectory, notes: list[str]) -> list[dict[str, A
     lines, torn = [], 0
     for line in directory.read(METRICS_FILE).decode(errors="replace").splitlines():
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError:
             torn += 1
             continue

@@ -1,6 +1,5 @@
 """What a sweep directory tells: its trials, their validations, and which hyperparameters mattered."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from metadist.errors import UserError
+from metadist.files import parse_json
 from metadist.run_directory import RunDirectory
 from metadist.sweeps.directory import SWEEP_FILE, TRIALS, read_all_reports, read_point
 from metadist.sweeps.finals import FINALS_FILE
@@ -136,7 +136,7 @@ def read_sweep_record(directory: str) -> SweepRecord:
     place = Path(directory)
     finals = place / FINALS_FILE
     try:
-        saved = json.loads((place / SWEEP_FILE).read_text())
+        saved = parse_json((place / SWEEP_FILE).read_text())
         space = {key: Distribution.from_dict(value) for key, value in saved["space"].items()}
         changes_rates = SchedulerSettings(**saved["scheduler"]).changes_rates
         return SweepRecord(
@@ -149,7 +149,7 @@ def read_sweep_record(directory: str) -> SweepRecord:
             searcher=saved["searcher"]["name"],
             scheduler=saved["scheduler"]["name"],
             changes_rates=changes_rates,
-            finals=json.loads(finals.read_text()) if finals.exists() else None,
+            finals=parse_json(finals.read_text()) if finals.exists() else None,
             trials=[_trial(trial, changes_rates) for trial in sorted((place / TRIALS).glob("*")) if read_point(trial)],
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

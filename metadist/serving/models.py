@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from metadist.adaptation import AdaptedModel, LoadedRun
 from metadist.cross_validation import CrossValidation
 from metadist.errors import UserError
-from metadist.files import writing
+from metadist.files import parse_json, writing
 from metadist.serving.limits import Limits
 
 
@@ -118,7 +118,7 @@ class AdaptedModels:
             raise unknown
         try:
             with safe_open(place, "numpy") as file:
-                x, kept = file.get_tensor("x"), json.loads(file.metadata()["metadist"])
+                x, kept = file.get_tensor("x"), parse_json(file.metadata()["metadist"])
             asked, chosen, found = kept["asked"], kept["chosen"], kept["cross_validation"]
             intact = self._id(x, asked["y"], asked["steps"]) == id
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from metadist.config import config_to_dict
 from metadist.config_file import dump_yaml
 from metadist.errors import RunDirectoryError
-from metadist.files import replacing, writing
+from metadist.files import parse_json, replacing, writing
 from metadist.run_directory import RunDirectory
 from metadist.sweeps.lineage import (
     SCHEDULES,
@@ -59,7 +59,7 @@ class SweepDirectory:
                 f"{self.path} holds a sweep already. Go on with it by --resume, or choose another run.name."
             )
         try:
-            saved = json.loads(place.read_text())
+            saved = parse_json(place.read_text())
             different = [key for key in asked if saved.get(key) != asked[key]]
         except (ValueError, AttributeError):
             raise RunDirectoryError(f"{place}: not valid JSON. Restore it, or choose another run.name.") from None
@@ -202,7 +202,7 @@ def read_point(trial: Path) -> Point | None:
     place = trial / POINT_FILE
     if not place.exists():
         return None
-    return {key: as_tuples(value) for key, value in json.loads(place.read_text()).items()}
+    return {key: as_tuples(value) for key, value in parse_json(place.read_text()).items()}
 
 
 def read_all_reports(trial: Path) -> list[Report]:

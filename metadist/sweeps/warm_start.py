@@ -7,7 +7,6 @@ points of its own.
 
 import dataclasses
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from metadist.errors import UserError, first_line
+from metadist.files import parse_json
 from metadist.sweeps.directory import RESULTS_FILE, SWEEP_FILE, TRIALS, read_point, trial_name
 from metadist.sweeps.lineage import SCHEDULES
 from metadist.sweeps.search_space import as_tuples
@@ -47,7 +47,7 @@ def with_first_points(sweep: Sweep, directories: list[str], points_each: int = P
 def with_saved_first_points(sweep: Sweep) -> Sweep:
     """The sweep with the first points that its directory says, to go on with it."""
     try:
-        saved = json.loads((sweep.directory / SWEEP_FILE).read_text())["first_points"]
+        saved = parse_json((sweep.directory / SWEEP_FILE).read_text())["first_points"]
         points = tuple({key: as_tuples(value) for key, value in point.items()} for point in saved)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return sweep  # What is wrong with the directory is said where it is opened.
@@ -57,7 +57,7 @@ def with_saved_first_points(sweep: Sweep) -> Sweep:
 def _best(sweep: Sweep, directory: Path) -> list[Point]:
     """Points of an ended sweep that fit the space, the best first."""
     try:
-        mode = json.loads((directory / SWEEP_FILE).read_text())["objective"]["metric"]
+        mode = parse_json((directory / SWEEP_FILE).read_text())["objective"]["metric"]
         rows = pq.read_table(directory / RESULTS_FILE).to_pylist()
         sign = -1 if mode == "accuracy" else 1
         scored = [row for row in rows if row["outcome"] != "failed" and row[mode] is not None]

@@ -1,7 +1,6 @@
 """What a run's task source was like, for where its data are not at hand: adapting to own examples needs no more."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from metadist.core.episode import EpisodeBatch, EpisodeSpec
 from metadist.core.keys import TaskKey
 from metadist.core.task_source import TaskSource, spec_of
 from metadist.errors import DataError
+from metadist.files import parse_json
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def remembered(source: TaskSource) -> dict[str, Any]:
 
 def recalled(content: bytes, missing: str) -> RememberedSource:
     """From the JSON of `remembered`. Raises ValueError or TypeError where it is none."""
-    found = json.loads(content)
+    found = parse_json(content)
     specs = {
         name: EpisodeSpec(**part | {"input_shape": tuple(part["input_shape"])})
         for name, part in ((name, dict(found[name])) for name in ("spec", "train_spec"))
