@@ -44,6 +44,8 @@ def connect(scaling: ScalingSettings, console: Console) -> Callable[[], None]:
             refuse_open_head(address)
             console.print(Text(f"Joining the Ray cluster at {address}"))
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            if address == "auto":  # Whose address is known only now.
+                _refuse_where_open(ray.get_runtime_context().gcs_address)
         else:
             console.print("Starting a local Ray")
             make_token()
@@ -75,6 +77,15 @@ def connect(scaling: ScalingSettings, console: Console) -> Callable[[], None]:
         ray.shutdown()
         raise
     return ray.shutdown
+
+
+def _refuse_where_open(address: str) -> None:
+    """As `refuse_open_head`, having left the cluster."""
+    try:
+        refuse_open_head(address)
+    except ClusterError:
+        ray.shutdown()
+        raise
 
 
 @contextmanager
@@ -122,12 +133,17 @@ def _local_cpus(scaling: ScalingSettings, console: Console) -> int:
 
 def _check_fits(scaling: ScalingSettings) -> None:
     """Raises ClusterError where the least number of adapters, or the learner, has no room."""
-    nodes = {node["NodeID"]: Node(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]}
-    check_fits(scaling, list(nodes.values()), _may_grow)
+    nodes = alive_nodes()
+    check_fits(scaling, list(nodes.values()), may_grow)
     check_learner_fits(scaling, nodes[ray.get_runtime_context().get_node_id()])
 
 
-def _may_grow() -> bool:
+def alive_nodes() -> dict[str, Node]:
+    """The cluster's nodes by their ids."""
+    return {node["NodeID"]: Node(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]}
+
+
+def may_grow() -> bool:
     """Whether nodes may come that are not there yet: an autoscaler reports to the cluster, asked for any or not."""
     gcs = GcsClient(address=ray.get_runtime_context().gcs_address)
     began = time.monotonic()

@@ -1,7 +1,7 @@
 """Where actors go: what each needs, and whether the cluster has it."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ray
@@ -81,7 +81,7 @@ def check_fits(scaling: ScalingSettings, nodes: list[Node], may_grow: Callable[[
     needed = {name: amount for name, amount in resources_per_adapter(scaling).items() if amount > 0}
     selector = scaling.label_selector
     eligible = [node for node in nodes if all(matches(node.labels.get(key), rule) for key, rule in selector.items())]
-    room = sum(_room(node, needed) for node in eligible)
+    room = room_for(needed, eligible)
     least = scaling.worker_limits[0]
     if room < least and not may_grow():
         has = ", ".join(f"{name} {sum(node.resources.get(name, 0) for node in eligible):g}" for name in needed)
@@ -95,7 +95,12 @@ def check_fits(scaling: ScalingSettings, nodes: list[Node], may_grow: Callable[[
         )
 
 
-def _room(node: Node, needed: dict[str, float]) -> int:
+def room_for(needed: Mapping[str, float], nodes: Sequence[Node]) -> int:
+    """How many adapters, each of which needs so much of one node, all nodes hold together."""
+    return sum(_room(node, needed) for node in nodes)
+
+
+def _room(node: Node, needed: Mapping[str, float]) -> int:
     """How many adapters a node holds."""
     return min((_times(amount, node.resources.get(name, 0), name) for name, amount in needed.items()), default=10**6)
 

@@ -9,12 +9,11 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import tune as ray_tune
 from ray.tune.schedulers import (
     ASHAScheduler,
@@ -29,8 +28,8 @@ from rich.text import Text
 
 from metadist.config import config_from_document
 from metadist.config_file import dump_yaml, parse_document, read_document
-from metadist.distributed.cluster import connect
-from metadist.distributed.placement import resources_per_adapter
+from metadist.distributed.cluster import alive_nodes, connect, may_grow
+from metadist.distributed.placement import Node, resources_per_adapter, room_for
 from metadist.errors import ClusterError, ConfigError, InterruptedRun
 from metadist.experiment import open_task
 from metadist.reporting.sweep_page import write_sweep_report
@@ -66,7 +65,10 @@ def trainable(config: dict[str, Any]) -> None:
     settings = dataclasses.replace(
         settings,
         run=dataclasses.replace(run, name=name),
-        scaling=dataclasses.replace(scaling, num_workers=scaling.worker_limits[0], address=None),
+        # Spread or packed is the placement group, by `trial_resources`. Actors that ask for SPREAD leave it.
+        scaling=dataclasses.replace(
+            scaling, num_workers=scaling.worker_limits[0], address=None, placement_strategy="PACK"
+        ),
     )
     try:
         run_trial(settings, ray_tune.report)
@@ -119,13 +121,18 @@ def tune(
             f"scaling.label_selector is not for sweeps, got {scaling.label_selector}: a trial's placement group chooses"
             " the nodes. Put `scaling.label_selector: {}` under overrides, and give nodes a resource of their own."
         )
+    if scaling.learner_gpus:
+        raise ConfigError(
+            f"scaling.learner_gpus must be 0 in a sweep, got {scaling.learner_gpus:g}: the learner is beside its"
+            " trial's process, outside the placement group. Put `scaling.learner_gpus: 0` under overrides."
+        )
     if sweep.objective.metric == "accuracy" and open_task(config.task).spec.kind == "regression":
         raise ConfigError("objective.metric must be loss for a regression task, got accuracy. Write metric: loss.")
     with ExitStack() as stack:
         stack.callback(connect(ScalingSettings(num_workers=0, address=address or scaling.address), console))
-        at_once = trials_at_once(scaling, ray.cluster_resources())
+        wanted = min(sweep.budget.max_concurrent or sweep.num_trials, sweep.num_trials)
+        at_once = trials_at_once(scaling, wanted, list(alive_nodes().values()), may_grow)
         directory.open(resume)
-        at_once = min(at_once, sweep.budget.max_concurrent or at_once, sweep.num_trials)
         console.print(Text(f"{sweep.num_trials} trials, {at_once} at once, into {directory.path}"))
         # Relative paths in a config mean what they mean to `metadist train`.
         os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
@@ -178,31 +185,34 @@ def train_finals(sweep: Sweep, *, address: str | None = None, console: Console |
     with ExitStack() as stack:
         if least := scaling.worker_limits[0]:
             stack.callback(connect(dataclasses.replace(scaling, num_workers=least), console))
-            room = trials_at_once(scaling, ray.cluster_resources())
+            room = trials_at_once(scaling, sweep.num_trials, list(alive_nodes().values()), may_grow)
             scaling = dataclasses.replace(scaling, num_workers=(least, least * room))
         return run_finals(sweep, SweepDirectory(sweep), scaling, console)
 
 
-def trials_at_once(scaling: ScalingSettings, cluster: Mapping[str, float]) -> int:
-    """How many trials the cluster has room for. Raises ClusterError, with the arithmetic, where that is none."""
-    needed: dict[str, float] = {}
-    for bundle in trial_resources(scaling).bundles:
-        for name, amount in bundle.items():
-            needed[name] = needed.get(name, 0.0) + amount
-    needed = {name: amount for name, amount in needed.items() if amount > 0}
-    room = min((int(cluster.get(name, 0) / amount + 1e-9) for name, amount in needed.items()), default=1)
-    if room == 0:
-        adapters = scaling.worker_limits[0]
-        each = ", ".join(f"{name} {amount:g}" for name, amount in resources_per_adapter(scaling).items())
-        what = f"{adapters} x ({each})" if adapters else f"threads_per_worker = {scaling.threads_per_worker}"
-        asks = ", ".join(f"{name} {amount:g}" for name, amount in needed.items())
-        has = ", ".join(f"{name} {cluster.get(name, 0):g}" for name in needed)
+def trials_at_once(scaling: ScalingSettings, wanted: int, nodes: Sequence[Node], may_grow: Callable[[], bool]) -> int:
+    """How many trials of those that are wanted run at once: as many as there is room for, all where nodes may come.
+
+    `may_grow` is asked only where not even one has room, on the nodes that are there. Raises ClusterError, with the
+    arithmetic, where none may come either.
+    """
+    adapters = scaling.worker_limits[0]
+    each = resources_per_adapter(scaling) if adapters else {"CPU": float(scaling.threads_per_worker)}
+    each = {name: amount for name, amount in each.items() if amount > 0}
+    room = room_for(each, nodes)
+    trials = room // max(1, adapters)
+    if trials == 0 and may_grow():
+        return wanted
+    if trials == 0:
+        one = ", ".join(f"{name} {amount:g}" for name, amount in each.items())
+        has = ", ".join(f"{name} {sum(node.resources.get(name, 0) for node in nodes):g}" for name in each)
+        what = f"{adapters} adapters of {one} each" if adapters else f"{one} (scaling.threads_per_worker)"
         raise ClusterError(
-            f"scaling.num_workers: one trial needs {asks} ({what}), and the whole cluster has {has}. Lower"
-            " scaling.num_workers or scaling.resources_per_worker under overrides, or join a larger cluster with"
-            " --address."
+            f"scaling.num_workers: one trial needs {what}, and the whole cluster has {has} on {len(nodes)}"
+            f" node{'s' if len(nodes) != 1 else ''}: room for {room}. Lower scaling.num_workers or"
+            " scaling.resources_per_worker under overrides, or join a larger cluster with --address."
         )
-    return room
+    return min(trials, wanted)
 
 
 def make_scheduler(
@@ -219,10 +229,25 @@ def make_scheduler(
         rounds = max(1, budget.steps // grace)
         return _HyperBand(grace, time_attr="rounds", max_t=rounds, reduction_factor=scheduler.reduction_factor)
     if scheduler.name == "median":
-        return MedianStoppingRule(time_attr="step", grace_period=grace)
+        return _MedianStopping(time_attr="step", grace_period=grace)
     if scheduler.changes_rates:
         return Population(sweep, directory, numbers, console)
     return FIFOScheduler()
+
+
+class _MedianStopping(MedianStoppingRule):
+    """Tune's, which pauses trials: one that goes on tells what it told before, and that counts once."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._told: dict[Any, int] = {}
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if result["step"] <= self._told.get(trial, 0):
+            return TrialScheduler.CONTINUE
+        self._told[trial] = result["step"]
+        action: str = super().on_trial_result(controller, trial, result)
+        return action
 
 
 class _HyperBand(HyperBandScheduler):

@@ -3,6 +3,8 @@
 import http.server
 import os
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +46,28 @@ def test_no_token_is_made_where_none_is_wanted_or_one_is_given(
     monkeypatch.setenv(name, value)
     access.make_token()
     assert not (home / ".ray").exists()
+
+
+@pytest.mark.ray
+def test_a_local_ray_asks_for_the_token_unless_it_is_told_not_to(home: Path) -> None:
+    program = """
+import ray
+from rich.console import Console
+from metadist.distributed.access import lets_anybody_in
+from metadist.distributed.cluster import connect
+from metadist.sections import ScalingSettings
+disconnect = connect(ScalingSettings(num_workers=1), Console(stderr=True))
+print(lets_anybody_in(ray.get_runtime_context().gcs_address), ray.get(ray.remote(lambda: "ours").remote()))
+disconnect()
+"""
+    said = {}
+    for mode in ({}, {"RAY_AUTH_MODE": "disabled"}):
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, env=os.environ | mode, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        said[bool(mode)] = done.stdout.split()
+    assert said == {False: ["False", "ours"], True: ["True", "ours"]}
+    assert stat.S_IMODE((home / ".ray/auth_token").stat().st_mode) == 0o600
 
 
 @pytest.fixture
