@@ -92,8 +92,8 @@ class MetaTrainer:
     def fit(self, *, evaluate: bool = True) -> Result:
         """Trains to the last step, going on from the run directory's last checkpoint, then evaluates.
 
-        SIGINT and SIGTERM end it after the step under way: it writes a checkpoint and raises
-        InterruptedRun. Raises UserError for wrong input, before anything is computed.
+        SIGINT, SIGTERM and a notice that this node will be taken away end it after the step under way: it writes a
+        checkpoint and raises InterruptedRun. Raises UserError for wrong input, before anything is computed.
         """
         config, console = self.config, self._console
         experiment = make_experiment(config)
@@ -115,7 +115,7 @@ class MetaTrainer:
             directory.write_json("fingerprint.json", fingerprint)
             callbacks = [lease, *executor.callbacks, *trackers, *self._callbacks]
             journal = stack.enter_context(Journal(config, experiment, directory, console, state, callbacks))
-            final = train(config, executor, journal, state, stop)
+            final = train(config, executor, journal, state, lambda: stop() or executor.is_leaving)
             draw_training(directory.local)
             draw_timeline(directory.local)
             evaluation = None

@@ -25,6 +25,22 @@ class DrainingNodes:
         return self._look()
 
 
+class ThisNode:
+    """The node of this process: the driver's, and with it the learner's."""
+
+    def __init__(self, notify: Callable[[str], None], nodes: DrainingNodes | None = None) -> None:
+        self._nodes = nodes or DrainingNodes()
+        self._notify = notify
+        self._drains = False
+
+    def drains(self) -> bool:
+        """Whether it is about to be taken away, which is told once."""
+        if not self._drains and ray.get_runtime_context().get_node_id() in self._nodes.news():
+            self._drains = True
+            self._notify("This node is about to be taken away: stopping after this step, with a checkpoint.")
+        return self._drains
+
+
 def _ask_ray() -> Container[str]:
     # Ray's libraries ask the same; there is no public function for it.
     nodes: dict[str, int] = ray._private.state.state.get_draining_nodes()

@@ -50,6 +50,10 @@ class Executor(Protocol):
     def num_adapters(self) -> int:
         """Adapters that are ready for work."""
 
+    @property
+    def is_leaving(self) -> bool:
+        """Whether this process's node is about to be taken away: the run then ends as one that is interrupted."""
+
     def publish(self) -> Handle:
         """Theta and running statistics at which the next step's meta-gradients are taken, to be given to `run`."""
 

@@ -49,6 +49,10 @@ class InProcessExecutor:
     def num_adapters(self) -> int:
         return 1
 
+    @property
+    def is_leaving(self) -> bool:
+        return False
+
     def publish(self) -> np.ndarray:
         return self._learner.publish()
 

@@ -20,7 +20,7 @@ from metadist.core.meta_gradient import EpisodeScores
 from metadist.core.outer import OuterSettings
 from metadist.core.plan import Plan, Range
 from metadist.distributed.actors import DEATHS, AdapterActor, SumsLost
-from metadist.distributed.draining import DrainingNodes
+from metadist.distributed.draining import DrainingNodes, ThisNode
 from metadist.distributed.executor import Counters
 from metadist.distributed.fingerprint import refuse_other
 from metadist.distributed.learner import LearnerState
@@ -84,6 +84,7 @@ class RayExecutor:
         self._overdue: dict[ray.ObjectRef, Call] = {}
         """Calls whose ranges others have answered: their adapters get nothing else until they come back."""
         self._draining = DrainingNodes()
+        self._here = ThisNode(notify)
         self._looked = 0.0
         self._paces = {name: Pace(scaling.start_timeout_s) for name in ("sums", "scores")}
         self._stop: Callable[[], bool] = lambda: False
@@ -106,6 +107,10 @@ class RayExecutor:
     @property
     def num_adapters(self) -> int:
         return sum(slot.starting is None for slot in self._slots)
+
+    @property
+    def is_leaving(self) -> bool:
+        return self._here.drains()
 
     def publish(self) -> ray.ObjectRef:
         return self._learner.published

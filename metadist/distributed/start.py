@@ -19,7 +19,8 @@ def make_executor(config: Config, experiment: Experiment, console: Console) -> E
     if config.scaling.backend == "train":
         from metadist.distributed.train_executor import TrainExecutor
 
-        return TrainExecutor(*arguments, config.scaling, config.run.failure_config.max_failures, disconnect)
+        failures = config.run.failure_config.max_failures
+        return TrainExecutor(*arguments, config.scaling, failures, disconnect, console.print)
     from metadist.distributed.ray_executor import RayExecutor
 
     return RayExecutor(*arguments, config.scaling, disconnect, console.print)

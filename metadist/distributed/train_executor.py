@@ -21,6 +21,7 @@ from metadist.core.outer import OuterSettings
 from metadist.core.plan import Plan, Range
 from metadist.distributed.all_reduce import PeerFailedError
 from metadist.distributed.conductor import THREADS_BESIDE_RANKS, Conductor
+from metadist.distributed.draining import ThisNode
 from metadist.distributed.executor import Counters
 from metadist.distributed.fingerprint import refuse_other
 from metadist.distributed.learner import LearnerState
@@ -53,6 +54,7 @@ class TrainExecutor:
         scaling: ScalingSettings,
         max_failures: int,
         disconnect: Callable[[], None] = lambda: None,
+        notify: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.counters = Counters()
         self.seconds = Seconds()
@@ -61,6 +63,7 @@ class TrainExecutor:
         self._scaling = scaling
         self._max_failures = max_failures
         self._disconnect = disconnect
+        self._here = ThisNode(notify)
         self._arguments = RankArguments(
             [ray.put(experiment)], outer, num_steps, scaling.reduce == "exact", scaling.shard_optimizer
         )
@@ -89,6 +92,10 @@ class TrainExecutor:
     @property
     def num_adapters(self) -> int:
         return self._size
+
+    @property
+    def is_leaving(self) -> bool:
+        return self._here.drains()
 
     def publish(self) -> None:
         """Every rank has theta already."""

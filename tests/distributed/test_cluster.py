@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from metadist import MetaTrainer, load_config
+from metadist import Callback, MetaTrainer, load_config
 from metadist.core.episode import EpisodeBatch, EpisodeSpec
 from metadist.core.keys import TaskKey
 from metadist.core.plan import plan_step
@@ -21,7 +23,7 @@ from metadist.distributed.access import refuse_open_head
 from metadist.distributed.doctor import diagnose
 from metadist.distributed.in_process import InProcessExecutor
 from metadist.distributed.placement import Node, adapter_options, beside_the_driver, check_fits, matches
-from metadist.errors import ClusterError
+from metadist.errors import ClusterError, InterruptedRun
 from metadist.experiment import make_experiment
 from metadist.sections import ScalingSettings
 from metadist.tasks.sinusoid import Sinusoid
@@ -213,7 +215,7 @@ def test_big_arrays_of_a_source_are_shared_by_the_adapters_of_a_node(cluster: An
 
 @pytest.mark.ray
 def test_a_cluster_elsewhere_that_lets_anybody_in_is_refused_unless_told_otherwise(
-    cluster: Any, monkeypatch: pytest.MonkeyPatch
+    cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     # Ray gives a cluster the address by which others reach this machine, and this one asks for no token.
     assert not cluster.address.startswith("127.")
@@ -221,6 +223,13 @@ def test_a_cluster_elsewhere_that_lets_anybody_in_is_refused_unless_told_otherwi
     with pytest.raises(ClusterError, match=r"asks for no token: .* go on all the same with --insecure"):
         refuse_open_head(cluster.address)
     refuse_open_head(f"127.0.0.1:{cluster.address.rpartition(':')[2]}")
+    command = [sys.executable, "-m", "metadist", "train", str(CONFIG), "--run-dir", str(tmp_path / "run")]
+    command += ["--address", "auto"]
+    joining = subprocess.run(
+        command, env=os.environ | {"RAY_ADDRESS": cluster.address}, capture_output=True, text=True, timeout=WAIT_S
+    )
+    assert joining.returncode == 2, joining.stderr
+    assert f"{cluster.address} is not on this machine and asks for no token" in " ".join(joining.stderr.split())
     monkeypatch.setenv("METADIST_INSECURE", "1")
     refuse_open_head(cluster.address)
     (finding,) = [finding for finding in diagnose(cluster.address) if finding.name == "Ray authentication"]
@@ -257,6 +266,34 @@ def test_a_node_that_comes_is_used_and_one_that_goes_is_missed_by_nobody(cluster
     run.join()
     assert results[0].adapters_lost == 1
     assert hashes(results[0]) == hashes(fit(tmp_path, 0, "alone", steps))
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("backend", ["actors", "train"])
+def test_a_run_whose_own_node_is_about_to_be_taken_away_ends_with_a_checkpoint_and_goes_on_elsewhere(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    import ray
+
+    monkeypatch.setattr("metadist.distributed.draining.LOOK_EVERY_S", 0.0)
+    config = load_config(CONFIG, ["training.steps=9", "evaluation.episodes=10"])
+
+    def trainer(name: str, workers: int, *callbacks: Callback) -> MetaTrainer:
+        scaling = ScalingSettings(num_workers=workers, backend=backend if workers else "actors")
+        run = dataclasses.replace(config.run, name=name, storage_path=str(tmp_path))
+        return MetaTrainer(config, scaling_config=scaling, run_config=run, callbacks=callbacks)
+
+    with monkeypatch.context() as notice:
+
+        class Notice(Callback):
+            def on_step(self, step: int, metrics: dict[str, float], status: Any) -> None:
+                if step == 4:
+                    here = {ray.get_runtime_context().get_node_id(): 0}
+                    notice.setattr(ray._private.state.state, "get_draining_nodes", lambda: here)
+
+        with pytest.raises(InterruptedRun, match="after step 4 of 9; the checkpoint is written"):
+            trainer("leaves", 1, Notice()).fit()
+    assert trainer("leaves", 0).fit().theta_sha256 == trainer("stays", 0).fit().theta_sha256
 
 
 @pytest.mark.ray
