@@ -24,6 +24,8 @@ class Status:
     """Where the time of the last step went."""
     peak_device_bytes: int = 0
     """The most GPU memory that the tensors of one adapter have taken; 0 on CPUs."""
+    chunks_given_twice: int = 0
+    """To another adapter too, since the first was late with them."""
 
 
 class Callback:

@@ -100,6 +100,7 @@ class Journal:
             self.tasks_per_second,
             executor.seconds,
             executor.counters.peak_device_bytes,
+            executor.counters.chunks_given_twice,
         )
         for callback in self._callbacks:
             callback.on_step(step, metrics, status)

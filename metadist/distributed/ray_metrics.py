@@ -20,10 +20,12 @@ COUNTERS = {
     "metadist_adapters_lost": "Adapters that died.",
     "metadist_learners_lost": "Learners that died.",
     "metadist_chunks_recomputed": "Chunks computed a second time after a loss.",
+    "metadist_chunks_given_twice": "Chunks given to another adapter too, since the first was late with them.",
     "metadist_checkpoints": "Checkpoints begun.",
 }
 GAUGES = {
     "metadist_adapters_alive": "Adapters ready for work.",
+    "metadist_staleness_steps": "By how many steps theta is behind that tasks are adapted from: `outer.lag`.",
     "metadist_tasks_per_second": "Mean since the start of the call.",
     "metadist_device_memory_bytes": "The most GPU memory that the tensors of one adapter have taken.",
     "metadist_query_loss": "Training tasks' query loss after adaptation, of the last step.",
@@ -45,18 +47,21 @@ class RayMetrics(Callback):
         )
         self._tags: dict[str, str] = {}
         self._tasks_a_step = 0
-        self._recomputed = self._lost = 0
+        self._recomputed = self._twice = self._lost = 0
 
     def on_start(self, config: Config, run_dir: str, step: int) -> None:
         self._tags = {"run": run_dir.rstrip("/").rpartition("/")[2]}
         self._tasks_a_step = config.training.meta_batch_size
+        self._set("metadist_staleness_steps", config.outer.lag)
 
     def on_step(self, step: int, metrics: dict[str, float], status: Status) -> None:
         self._count("metadist_steps", 1)
         self._count("metadist_tasks", self._tasks_a_step)
         self._count("metadist_chunks_recomputed", status.chunks_recomputed - self._recomputed)
         self._count("metadist_adapters_lost", status.adapters_lost - self._lost)
-        self._recomputed, self._lost = status.chunks_recomputed, status.adapters_lost
+        self._count("metadist_chunks_given_twice", status.chunks_given_twice - self._twice)
+        self._recomputed, self._twice = status.chunks_recomputed, status.chunks_given_twice
+        self._lost = status.adapters_lost
         self._set("metadist_adapters_alive", status.num_adapters)
         self._set("metadist_tasks_per_second", status.tasks_per_second)
         self._set("metadist_device_memory_bytes", status.peak_device_bytes)
