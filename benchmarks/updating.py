@@ -6,7 +6,8 @@
 
 Half of the characters are learned from: 5, 20 and 50 tasks, each of ten of them by twelve people. Scored are the
 others, from one drawing each, before and after, on the same support sets; and old tasks, by `metadist update` itself.
-The run is copied, and stays as it was.
+The run is copied, and stays as it was. Several alphabets are fed back one after another, each to the run as it was;
+their means come last.
 """
 
 import argparse
@@ -72,35 +73,57 @@ def accuracies(run_dir: str, drawings: np.ndarray, supports: int) -> np.ndarray:
     return np.array(scores)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run")
-    parser.add_argument("pool")
-    parser.add_argument("--alphabet", required=True)
-    parser.add_argument("--tasks", type=int, nargs="+", default=[5, 20, 50])
-    parser.add_argument("--supports", type=int, default=40)
-    parser.add_argument("--lr", type=float)
-    parser.add_argument("--rounds", type=int, help="times that each new task is drawn")
-    asked = parser.parse_args()
-    drawings = drawings_of(asked.pool, asked.alphabet)
+def updates(asked: argparse.Namespace, alphabet: str) -> list[dict]:
+    """A row for no task and for each number of them."""
+    drawings = drawings_of(asked.pool, alphabet)
     order = np.random.default_rng(0).permutation(len(drawings))
     learned, others = order[: len(order) // 2], np.sort(order[len(order) // 2 :])
     with tempfile.TemporaryDirectory() as directory:
         run = str(shutil.copytree(asked.run, f"{directory}/run"))
         theta, before = metadist.load(run).theta, accuracies(run, drawings[others], asked.supports)
-        _print({"tasks": 0, "other_characters": mean_and_interval(before)})
+        rows = [{"alphabet": alphabet, "tasks": 0, "other_characters": mean_and_interval(before)}]
+        _print(rows[0])
         for number in asked.tasks:
             tasks = write_tasks(drawings, learned, Path(directory) / f"tasks_{number}", number)
             steps = math.ceil(asked.rounds * number / 4) if asked.rounds else None
             found = metadist.update(run, tasks, lr=asked.lr, steps=steps)
-            row = {"tasks": number, "steps": found.steps, "lr": found.lr, "accepted": found.accepted}
-            row |= {"old_tasks": found.old_after, "old_change": found.old_change}
+            row = {"alphabet": alphabet, "tasks": number, "steps": found.steps, "lr": found.lr}
+            row |= {"accepted": found.accepted, "old_tasks": found.old_after, "old_change": found.old_change}
             if found.accepted:
                 after = accuracies(run, drawings[others], asked.supports)
                 row |= {"other_characters": mean_and_interval(after), "gain": mean_and_interval(after - before)}
                 roll_back(run)
             row["rolled_back_to_the_same_bits"] = bool((metadist.load(run).theta == theta).all())
+            rows.append(row)
             _print(row)
+    return rows
+
+
+def over_alphabets(rows: list[dict]) -> dict:
+    """Means of what the alphabets of one number of tasks gained; intervals of independent means."""
+
+    def mean(name: str) -> dict[str, float]:
+        found = [row[name] for row in rows]
+        half = math.sqrt(sum(each["ci95"] ** 2 for each in found)) / len(found)
+        return {"mean": float(np.mean([each["mean"] for each in found])), "ci95": half}
+
+    names = [name for name in ("other_characters", "gain", "old_change") if all(name in row for row in rows)]
+    return {"alphabets": len(rows), "tasks": rows[0]["tasks"]} | {name: mean(name) for name in names}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run")
+    parser.add_argument("pool")
+    parser.add_argument("--alphabet", nargs="+", required=True)
+    parser.add_argument("--tasks", type=int, nargs="+", default=[5, 20, 50])
+    parser.add_argument("--supports", type=int, default=40)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--rounds", type=int, help="times that each new task is drawn")
+    asked = parser.parse_args()
+    alphabets = [updates(asked, alphabet) for alphabet in asked.alphabet]
+    for rows in zip(*alphabets, strict=True):
+        _print(over_alphabets(list(rows)))
 
 
 def _print(row: dict) -> None:
