@@ -57,6 +57,8 @@ class Report:
     steps_replayed: int
     most_steps_replayed: int
     """For one loss of the learner."""
+    other_rollbacks: list[str]
+    """Steps rolled back for anything but a learner: there should be none."""
     seconds: float
     seconds_undisturbed: float
     torn: int
@@ -73,6 +75,7 @@ class Report:
         for name in ("adapters_lost", "learners_lost", "chunks_recomputed", "chunks_given_twice", "steps_replayed"):
             counts.add_row(name.replace("_", " "), str(getattr(self, name)))
         counts.add_row("most steps replayed for one learner", str(self.most_steps_replayed))
+        counts.add_row("rolled back for adapters or nodes", f"{len(self.other_rollbacks)} times")
         counts.add_row("torn checkpoints loaded", f"{self.torn_loaded} of {self.torn}")
         lost = self.seconds - self.seconds_undisturbed
         counts.add_row("seconds lost", f"{lost:.0f}, beside {self.seconds_undisturbed:.0f} undisturbed")
@@ -129,6 +132,7 @@ def disturb(steps: int, faults: int, seed: int, console: Console) -> Report:
             chunks_given_twice=disturbed.chunks_given_twice,
             steps_replayed=monkey.steps_made - steps,
             most_steps_replayed=max(monkey.replays, default=0),
+            other_rollbacks=monkey.other_rollbacks,
             seconds=ended - calm,
             seconds_undisturbed=calm - began,
             torn=len(monkey.torn),

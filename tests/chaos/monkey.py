@@ -46,6 +46,7 @@ class Monkey(Callback):
         self._at = 0
         self._breath = BREATH_S
         self._lost_slots: dict[Slot, float] = {}
+        self._asked_for: dict[Slot, float] = {}
         self._lost_actors: dict[Any, tuple[str, float]] = {}
         self._waiting: dict[tuple[int, Range], tuple[str, float]] = {}
         self._run_dir = Path()
@@ -54,6 +55,8 @@ class Monkey(Callback):
         self.torn: set[int] = set()
         self.steps_made = 0
         self.replays: list[int] = []
+        self.other_rollbacks: list[str] = []
+        """Steps that were rolled back though no learner was killed, nor looked hung."""
         self.recoveries: dict[str, list[float]] = defaultdict(list)
 
     @property
@@ -69,6 +72,8 @@ class Monkey(Callback):
 
     def on_fault(self, step: int, fault: str, text: str) -> None:
         if fault == "learner_lost":
+            if self._learner_killed is None and "was silent for" not in text:
+                self.other_rollbacks.append(text)
             self.replays.append(self._at - int(text.rpartition("from step ")[2].rstrip(".")))
             self._learner_comes_back = True
 
@@ -183,7 +188,8 @@ class Monkey(Callback):
     def watching(self) -> Iterator[None]:
         """The run's own classes tell when what was lost is at work again; the storage fails when it is told to."""
         with pytest.MonkeyPatch.context() as patch:
-            for kind, name in ((Ledger, "lost"), (Ledger, "submit"), (Ledger, "submit_again"), (RayExecutor, "_admit")):
+            watched = [(Ledger, "lost"), (Ledger, "submit"), (Ledger, "submit_again")]
+            for kind, name in [*watched, (RayExecutor, "_replace"), (RayExecutor, "_admit")]:
                 after = getattr(self, f"_after_{name.strip('_')}")
                 patch.setattr(kind, name, _watched(getattr(kind, name), after=after))
             patch.setattr(RayExecutor, "start", _watched(RayExecutor.start, before=self._before_start))
@@ -215,11 +221,15 @@ class Monkey(Callback):
             if holder in self._lost_actors:
                 self._chunks_are_elsewhere(*self._lost_actors.pop(holder))
 
+    def _after_replace(self, result: None, executor: RayExecutor, slot: Slot, dead: Any) -> None:
+        self._asked_for[slot] = time.monotonic()
+
     def _after_admit(self, result: None, executor: RayExecutor, slot: Slot) -> None:
         if slot.starting is None and slot in self._lost_slots:
             since = self._lost_slots.pop(slot)
-            where = "" if since >= self._room_since else ", where a node was missing"
-            self.recoveries[f"a lost adapter is replaced and ready{where}"].append(time.monotonic() - since)
+            now, where = time.monotonic(), "" if since >= self._room_since else ", where a node was missing"
+            self.recoveries[f"a lost adapter is replaced and ready{where}"].append(now - since)
+            self.recoveries[f"of that its start, from when it is asked for{where}"].append(now - self._asked_for[slot])
 
 
 def _nothing(*_: Any) -> None:

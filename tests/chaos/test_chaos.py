@@ -25,6 +25,7 @@ def test_no_fault_costs_a_bit_and_none_more_than_it_must(seed: int) -> None:
     assert sum(report.injected.values()) >= 60
     # A machine that stalls may make a learner look hung as well; it is replaced, and costs no more than a killed one.
     assert report.learners_lost >= report.injected["learner killed"]
+    assert report.other_rollbacks == []
     assert report.most_steps_replayed <= CHECKPOINT_EVERY
     assert (report.torn_loaded, report.torn) == (0, report.injected["checkpoint torn"])
 
