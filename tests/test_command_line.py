@@ -115,6 +115,10 @@ def test_doctor_names_versions_and_devices_and_fails_for_a_token_that_others_can
     findings = {finding["name"]: finding for finding in json.loads(fine.stdout)["findings"]}
     assert {"Python", "torch", "ray", "CPU", "GPU", "shared memory", "disk", "Ray token"} <= findings.keys() | {"GPU"}
     assert findings["torch"]["status"] == "ok"
+    without = environment | {"RAY_AUTH_MODE": "disabled"}
+    unguarded = json.loads(subprocess.run(doctor, env=without, capture_output=True, text=True).stdout)["findings"]
+    (finding,) = [f for f in unguarded if f["name"] == "Ray token"]
+    assert (finding["status"], finding["found"].partition(":")[0]) == ("note", "RAY_AUTH_MODE is disabled")
     token = tmp_path / ".ray/auth_token"
     token.parent.mkdir()
     token.write_text("secret")

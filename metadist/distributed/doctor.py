@@ -114,10 +114,13 @@ def _disk() -> list[Finding]:
 def _token() -> list[Finding]:
     token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     mode = os.environ.get("RAY_AUTH_MODE", "not set")
+    if token.exists() and stat.S_IMODE(token.stat().st_mode) & 0o077:
+        return [Finding("Ray token", "wrong", f"{token} can be read by other users", f"chmod 600 {token}")]
+    if mode.lower() == "disabled":
+        found = "RAY_AUTH_MODE is disabled: a local Ray, too, will take orders from whoever reaches this machine"
+        return [Finding("Ray token", "note", found, "unset RAY_AUTH_MODE: metadist then has it ask for a token")]
     if not token.exists():
         return [Finding("Ray token", "ok", f"no token file; RAY_AUTH_MODE is {mode}")]
-    if stat.S_IMODE(token.stat().st_mode) & 0o077:
-        return [Finding("Ray token", "wrong", f"{token} can be read by other users", f"chmod 600 {token}")]
     return [Finding("Ray token", "ok", f"{token}, readable by you alone; RAY_AUTH_MODE is {mode}")]
 
 
