@@ -38,6 +38,8 @@ def connect(scaling: ScalingSettings, console: Console) -> Callable[[], None]:
         _check_fits(scaling)
         return lambda: None
     address = scaling.address or os.environ.get("RAY_ADDRESS")
+    # What a dead actor's calls raise, that nobody waits for any more, Ray would print: a loss has its own line.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     try:
         if address:
             _check_answers(address)
