@@ -1,6 +1,7 @@
 """What a sweep shows while it runs, and how it writes down the end of each trial."""
 
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -69,8 +70,7 @@ class SweepProgress(ray_tune.Callback):
         self._show(trials)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        trace = str(trial.get_error() or "its process ended").strip().splitlines()
-        self._end(trial, "failed", trace[-1])
+        self._end(trial, "failed", _reason(trial))
         self._show(trials)
 
     def _end(self, trial: Any, outcome: str, error: str | None = None) -> None:
@@ -132,3 +132,11 @@ def shown(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _reason(trial: Any) -> str:
+    """The last line of what ended a trial's process, without Ray's advice about dead processes."""
+    # The driver's own file: Tune's get_error() reads a copy of it, which is not there yet or is that of an earlier end.
+    place = Path(trial.error_file) if trial.error_file else None
+    lines = place.read_text(errors="replace").strip().splitlines() if place and place.exists() else []
+    return lines[-1].partition(" Some common causes include")[0] if lines else "its process ended"

@@ -10,6 +10,7 @@ from typing import Any
 
 from metadist.core.episode import EpisodeBatch, EpisodeSpec
 from metadist.core.keys import TaskKey
+from metadist.core.settings import settings
 from metadist.tasks.sinusoid import Sinusoid
 
 SINUSOIDS = Sinusoid()
@@ -84,6 +85,28 @@ class Raises:
         if keys[0].step == self.step and keys[0].split == "train":
             raise ZeroDivisionError("no such sinusoid")
         return Sinusoid().sample(keys)
+
+
+@settings
+class KillsItsTrial(Sinusoid):
+    """Sinusoids, for a sweep; whoever is in step `dies_at` is killed with SIGKILL, so many `times` in all."""
+
+    dies_at: int
+    times: int
+    log: str
+    """A file, to which each process adds the steps that it is in, one a line."""
+
+    def sample(self, keys: Sequence[TaskKey]) -> EpisodeBatch:
+        first = keys[0]
+        # In a step's second chunk: of the first step, the first one is sampled before a run begins too.
+        if first.split == "train" and first.task == len(keys):
+            with Path(self.log).open("a+") as file:
+                file.seek(0)
+                before = file.read().split().count(str(first.step))
+                file.write(f"{first.step}\n")
+            if first.step == self.dies_at and before < self.times:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().sample(keys)
 
 
 def processes_named(title: str, ancestor: int) -> list[int]:
