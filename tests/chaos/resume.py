@@ -22,6 +22,8 @@ from metadist.training import Result
 
 CONFIG = Path(__file__).parents[2] / "configs/sinusoid_maml.yaml"
 STEPS, CHECKPOINT_EVERY = 300, 7
+STEPS_ON_RAY = 3000
+"""So that training, and not the start of Ray, is most of a run's life."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,14 @@ class Outcome:
     """The checkpoint that each resume went on from; 0 where there was none yet."""
 
 
-def killed_and_resumed(times: int, seed: int) -> Outcome:
-    """Kills as many runs, each once with SIGKILL at a random moment of its life, and resumes each."""
+def killed_and_resumed(times: int, seed: int, workers: int = 0) -> Outcome:
+    """Kills as many runs, each once with SIGKILL at a random moment of its life, and resumes each.
+
+    With `workers` each is the driver of so many adapters on a local Ray of its own, which ends with it.
+    """
     random = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as place:
-        undisturbed = _config(place, "undisturbed")
+        undisturbed = _config(place, "undisturbed", workers)
         began = time.monotonic()
         _wait(_begin(undisturbed))
         life = time.monotonic() - began
@@ -47,7 +52,7 @@ def killed_and_resumed(times: int, seed: int) -> Outcome:
         at_steps: list[int] = []
         equal = 0
         while len(at_steps) < times:
-            config = _config(place, f"killed_{len(at_steps)}")
+            config = _config(place, f"killed_{len(at_steps)}", workers)
             process = _begin(config)
             time.sleep(random.uniform(0, life))
             process.kill()
@@ -61,9 +66,10 @@ def killed_and_resumed(times: int, seed: int) -> Outcome:
         return Outcome(times, len(at_steps), equal, at_steps)
 
 
-def _config(place: str, name: str) -> Config:
-    overrides = [f"training.steps={STEPS}", "run.log_every=1", "evaluation.episodes=20", f"run.storage_path={place}"]
-    overrides += [f"run.checkpoint_config.checkpoint_frequency={CHECKPOINT_EVERY}", "scaling.num_workers=0"]
+def _config(place: str, name: str, workers: int) -> Config:
+    steps = STEPS_ON_RAY if workers else STEPS
+    overrides = [f"training.steps={steps}", "run.log_every=1", "evaluation.episodes=20", f"run.storage_path={place}"]
+    overrides += [f"run.checkpoint_config.checkpoint_frequency={CHECKPOINT_EVERY}", f"scaling.num_workers={workers}"]
     config = load_config(CONFIG, overrides)
     return dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
 
@@ -109,10 +115,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.resume", description=__doc__)
     parser.add_argument("--times", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=0, help="adapters of each run, on a local Ray of its own")
     options = parser.parse_args()
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    outcome = killed_and_resumed(options.times, options.seed)
+    outcome = killed_and_resumed(options.times, options.seed, options.workers)
     sys.stdout.write(
         f"killed {outcome.killed} times, equal bits {outcome.equal} times; went on from steps"
         f" {', '.join(map(str, sorted(outcome.at_steps)))}\n"

@@ -219,10 +219,29 @@ def test_ctrl_c_leaves_the_job_running_and_the_printed_commands_attach_and_stop(
     stop = f"stop           ray job stop {job} --address {head.address}"
     assert f"{attach}\n{stop}" in errors
     assert status_of(head, job) == "RUNNING"
+    stop_as_printed(head, stop, job)
+
+
+def test_no_wait_returns_at_once_and_a_second_job_on_the_same_run_directory_is_refused(
+    head: Head, tmp_path: Path
+) -> None:
+    same = ["--run-dir", str(tmp_path / "run"), "--workers", "0", "--set", "training.steps=1000000"]
+    first = head.run(*head.submit(*same, "--no-wait", "--skip-resource-check"))
+    assert first.returncode == 0, first.stderr
+    job = re.search(r"^job +(\S+)$", first.stdout, re.MULTILINE)[1]
+    wait_for((tmp_path / "run/metrics.jsonl").exists)
+    assert status_of(head, job) == "RUNNING"
+    second = head.run(*head.submit(*same))
+    assert second.returncode == 2, second.stderr
+    assert "trains in this run directory" in " ".join(second.stderr.split())
+    assert status_of(head, job) == "RUNNING"
+    stop_as_printed(head, re.search("^stop .*$", first.stdout, re.MULTILINE)[0], job)
+
+
+def stop_as_printed(head: Head, line: str, job: str) -> None:
     # The variable would overrule the address that was printed.
     environment = {name: value for name, value in head.env().items() if name != "RAY_ADDRESS"}
-    words = stop.split()[1:]
-    subprocess.run(words, env=environment, check=True, capture_output=True, timeout=WAIT_S)
+    subprocess.run(line.split()[1:], env=environment, check=True, capture_output=True, timeout=WAIT_S)
     wait_for(lambda: status_of(head, job) == "STOPPED")
 
 

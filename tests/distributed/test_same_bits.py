@@ -16,9 +16,10 @@ from rich.console import Console
 from metadist import Callback, MetaTrainer, load_config
 from metadist.config import Config
 from metadist.core.plan import plan_evaluation, plan_step
+from metadist.distributed.actors import AdapterActor
 from metadist.distributed.ray_executor import RayExecutor
 from metadist.distributed.start import make_executor
-from metadist.errors import AdapterError
+from metadist.errors import AdapterError, FingerprintError
 from metadist.experiment import make_experiment
 from metadist.sections import ScalingSettings
 from metadist.tasks import Sinusoid
@@ -191,6 +192,43 @@ def test_an_adapter_twenty_times_slower_and_one_that_hangs_cost_no_bit(
     assert "silent for" in capsys.readouterr().err
     assert bits(disturbed)[:2] == bits(undisturbed)[:2]
     assert bits(disturbed)[4] == bits(undisturbed)[4]
+
+
+def test_an_adapter_that_computes_other_bits_is_refused_and_only_missed_where_it_is_needed(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Other(AdapterActor):
+        def prepare(self, experiment: list[object]) -> tuple[dict[str, object], str]:
+            fingerprint, node = super().prepare(experiment)
+            return fingerprint | {"cpu_capability": "another processor"}, node
+
+    config, told = sinusoid(tmp_path), []
+    scaling = ScalingSettings(num_workers=(1, 2))
+    experiment = make_experiment(config)
+
+    def executor() -> RayExecutor:
+        return RayExecutor(experiment, config.outer, 12, scaling, notify=told.append)
+
+    running = executor()
+    try:
+        fingerprint = running.start(None, None, lambda: False)
+        running._wait_for_adapters(2)
+        monkeypatch.setattr("metadist.distributed.ray_executor.AdapterActor", Other)
+        newcomer = running._new_slot()
+        running._slots.append(newcomer)
+        running._admit(newcomer)
+        assert newcomer not in running._slots
+        assert running.num_adapters == 2
+        assert told[0].startswith("Refused: an adapter that Ray started computes other bits than this run did so far")
+        assert "'another processor' here" in told[0]
+    finally:
+        running.close()
+    alone = executor()
+    try:
+        with pytest.raises(FingerprintError, match=r"computes other bits .* 'another processor' here"):
+            alone.start(None, fingerprint, lambda: False)
+    finally:
+        alone.close()
 
 
 def test_an_adapter_that_dies_with_the_next_step_already_in_hand_is_replaced_once(
