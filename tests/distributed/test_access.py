@@ -49,6 +49,7 @@ def test_no_token_is_made_where_none_is_wanted_or_one_is_given(
 
 
 @pytest.mark.ray
+@pytest.mark.head
 def test_a_local_ray_asks_for_the_token_unless_it_is_told_not_to(home: Path) -> None:
     program = """
 import ray

@@ -15,7 +15,7 @@ import pytest
 CONFIG = Path(__file__).parents[2] / "configs/sinusoid_maml.yaml"
 STEPS = 600
 WAIT_S = 120
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.head]
 
 
 def command(run_dir: Path, workers: int) -> list[str]:

@@ -318,6 +318,7 @@ def test_a_trial_whose_process_dies_every_time_is_given_up_and_the_others_end(tm
 
 
 @pytest.mark.ray
+@pytest.mark.head
 def test_a_sweep_whose_driver_is_killed_goes_on_to_the_same_table(ray_home: dict[str, str], tmp_path: Path) -> None:
     tables = []
     for name in ("undisturbed", "killed"):
