@@ -1,20 +1,24 @@
 """A file system that fails on purpose."""
 
 import errno
+import os
 
 import pyarrow as pa
 from pyarrow import fs
 
 
 class FullDisk(fs.FileSystemHandler):
-    """A local file system on which only so many more operations succeed; a failing write leaves half of it behind."""
+    """A local file system on which only so many more operations succeed; a failing write leaves half of it behind.
 
-    def __init__(self, operations):
-        self.local, self.left = fs.LocalFileSystem(), operations
+    It fails as a full one, or with another `error`: one that is read-only from then on, say.
+    """
+
+    def __init__(self, operations, error=errno.ENOSPC):
+        self.local, self.left, self.error = fs.LocalFileSystem(), operations, error
 
     def spend(self):
         if self.left == 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(self.error, os.strerror(self.error))
         self.left -= 1
 
     def create_dir(self, path, recursive):

@@ -1,5 +1,7 @@
+import errno
 import hashlib
 import json
+import os
 
 import numpy as np
 import pytest
@@ -364,17 +366,20 @@ def test_damaged_later_checkpoints_do_not_push_out_the_one_just_written(checkpoi
     assert bits_of(checkpoints.load(4)) == bits_of(state_at(4))
 
 
-def on_full_disk(directory, operations):
+def on_full_disk(directory, operations, error=errno.ENOSPC):
     """The same run directory, on a disk where so many more operations succeed."""
     failing = RunDirectory(directory.location)
-    failing.file_system = fs.PyFileSystem(FullDisk(operations))
+    failing.file_system = fs.PyFileSystem(FullDisk(operations, error))
     return failing
 
 
 @pytest.mark.parametrize("can_rename", [True, False])
-def test_a_disk_that_fills_up_at_any_moment_leaves_older_checkpoints_as_they_were(directory, checkpoints, can_rename):
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_is_full_or_read_only_from_any_moment_on_leaves_older_checkpoints_as_they_were(
+    directory, checkpoints, can_rename, error
+):
     def save_with(operations):
-        failing = on_full_disk(directory, operations)
+        failing = on_full_disk(directory, operations, error)
         failing.is_local = can_rename
         Checkpoints(failing, THETA, STATISTICS).save(state_at(4))
 
@@ -382,7 +387,7 @@ def test_a_disk_that_fills_up_at_any_moment_leaves_older_checkpoints_as_they_wer
     # To make the directory, and to open and write (and to rename) each file.
     needed = 1 + len(FILES) * (3 if can_rename else 2)
     for operations in range(needed):
-        with pytest.raises(MetadistError, match=r"could not be written \(No space left on device\)\. Free space"):
+        with pytest.raises(MetadistError, match=rf"could not be written \({os.strerror(error)}\)\. Free space"):
             save_with(operations)
         assert bits_of(load_latest(checkpoints)[0]) == bits_of(state_at(3))
         # The manifest comes last: before that nothing of the new one counts.
