@@ -22,7 +22,7 @@ from metadist.training import Result
 
 CONFIG = Path(__file__).parents[2] / "configs/sinusoid_maml.yaml"
 STEPS, CHECKPOINT_EVERY = 300, 7
-STEPS_ON_RAY = 3000
+STEPS_ON_RAY = 1000
 """So that training, and not the start of Ray, is most of a run's life."""
 
 

@@ -46,7 +46,7 @@ def test_a_sweep_killed_at_ten_random_moments_ends_with_the_table_of_an_undistur
     assert outcome.equal, outcome.table
 
 
-@pytest.mark.parametrize(("times", "workers"), [(50, 0), (10, 2)])
+@pytest.mark.parametrize(("times", "workers"), [(50, 0), (5, 2)])
 def test_a_run_killed_at_random_moments_goes_on_with_equal_bits_each_time(times: int, workers: int) -> None:
     outcome = killed_and_resumed(times, seed=1, workers=workers)
     assert outcome.equal == outcome.killed == times
