@@ -48,7 +48,7 @@ class Monkey(Callback):
         self._lost_slots: dict[Slot, float] = {}
         self._asked_for: dict[Slot, float] = {}
         self._lost_actors: dict[Any, tuple[str, float]] = {}
-        self._waiting: dict[tuple[int, Range], tuple[str, float]] = {}
+        self._waiting: dict[tuple[Ledger, Range], tuple[str, float]] = {}
         self._run_dir = Path()
         self._last_checkpoint = 0
         self.injected: Counter[str] = Counter()
@@ -207,13 +207,13 @@ class Monkey(Callback):
     def _after_lost(self, lost: list[Range], ledger: Ledger, actor: Any) -> None:
         for span in lost:
             if actor in self._lost_actors:
-                self._waiting[id(ledger), span] = self._lost_actors.pop(actor)
+                self._waiting[ledger, span] = self._lost_actors.pop(actor)
 
     def _chunks_are_elsewhere(self, kind: str, since: float) -> None:
         self.recoveries[f"{kind}: its chunks are with another"].append(time.monotonic() - since)
 
     def _after_submit(self, span: Range | None, ledger: Ledger, actor: Any) -> None:
-        if span is not None and (lost := self._waiting.pop((id(ledger), span), None)) is not None:
+        if span is not None and (lost := self._waiting.pop((ledger, span), None)) is not None:
             self._chunks_are_elsewhere(*lost)
 
     def _after_submit_again(self, result: None, ledger: Ledger, span: Range, actor: Any) -> None:
