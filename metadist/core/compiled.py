@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
-from metadist.core.rewrites import REWRITES
+from metadist.core.rewrites import REWRITES, take_numbers_out
 from metadist.errors import ModelError, first_line
 
 OPTIONS: dict[str, Any] = {"cpp_wrapper": True}
@@ -83,8 +83,10 @@ class Compiled:
         values = [node.meta["val"] for node in graph.graph.nodes if isinstance(node.meta.get("val"), Tensor)]
         is_large = max(value.numel() * value.element_size() for value in values) > CACHE_BYTES
         options = OPTIONS | COMPUTE_AGAIN if is_large else OPTIONS
-        code: Callable[..., Any] = torch._inductor.compile(graph, leaves, options=options)
-        return code
+        numbers = take_numbers_out(graph.graph)
+        graph.recompile()
+        code = torch._inductor.compile(graph, [*leaves, *numbers], options=options)
+        return lambda *leaves: code(*leaves, *numbers)
 
 
 def written_down(function: Callable[..., Any], leaves: Sequence[Tensor]) -> fx.GraphModule:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-MM, BMM, ADD = torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.add.Tensor
+MM, BMM = torch.ops.aten.mm.default, torch.ops.aten.bmm.default
+ADD, MUL = torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor
 FACTOR = 16
 """How many times as large a tensor must be into which another is broadcast, so that the smaller one is held."""
 
@@ -66,6 +67,29 @@ def hold_small_factors(graph: fx.Graph) -> None:
                 held = graph.call_function(torch.ops.aten.as_strided.default, arguments)
             held.meta["val"] = value
             node.replace_all_uses_with(held, delete_user_cb=lambda user, held=held: user is not held)
+
+
+def take_numbers_out(graph: fx.Graph) -> list[Tensor]:
+    """Makes inputs, after the others, of the numbers that tensors are multiplied by; returns these numbers.
+
+    Computations that differ in a learning rate are then the same to the compiler, which keeps what it compiled. Each
+    number has the dtype of what it is multiplied with, as the compiler would write it, so that the bits stay the same.
+    """
+    inputs: dict[tuple[float, torch.dtype], fx.Node] = {}
+    (*_, last) = (node for node in graph.nodes if node.op == "placeholder")
+    for node in graph.nodes:
+        if node.target is not MUL or not isinstance(node.args[1], float):
+            continue
+        tensor, number = node.args
+        if (dtype := _value(tensor).dtype) not in (torch.float32, torch.float64):
+            continue  # Numbers of fewer bits are multiplied as float32, and then rounded.
+        if (number, dtype) not in inputs:
+            with graph.inserting_after(last):
+                last = graph.placeholder(f"number_{len(inputs)}")
+            last.meta["val"] = _value(tensor).new_empty(())
+            inputs[number, dtype] = last
+        node.args = (tensor, inputs[number, dtype])
+    return [torch.tensor(number, dtype=dtype) for number, dtype in inputs]
 
 
 REWRITES = (join_products, multiply_thin_products_out, hold_small_factors)

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from metadist.core.compiled import Compiled, is_traced, written_down
+from metadist.core.rewrites import take_numbers_out
 from metadist.errors import ModelError
 
 
@@ -65,3 +66,27 @@ def test_products_with_a_single_row_or_column_are_multiplied_out(batch, rows, in
     is_product = bool(targets & {torch.ops.aten.mm.default, torch.ops.aten.bmm.default})
     assert is_product == (min(rows, inner, columns) > 1)
     torch.testing.assert_close(graph(a, b), a @ b + 1)
+
+
+def test_numbers_that_tensors_are_multiplied_by_become_inputs_and_the_bits_stay():
+    def at(rate):
+        return lambda x: (x - rate * x.sin(), x.double() * rate, x * 0.5 - rate * x.cos(), x.bfloat16() * 0.7)
+
+    x, codes = torch.randn(1000), []
+    for rate in (0.1, 0.3):
+        graph = written_down(at(rate), (x,))
+        numbers = take_numbers_out(graph.graph)
+        # One for each dtype, used wherever it is; what has fewer bits keeps its own.
+        assert [(n.dtype, n.item()) for n in numbers] == [
+            (torch.float32, torch.tensor(rate).item()),
+            (torch.float64, rate),
+            (torch.float32, 0.5),
+        ]
+        graph.recompile()
+        codes.append(graph.code)
+        for found, expected in zip(graph(x, *numbers), at(rate)(x), strict=True):
+            assert torch.equal(found, expected)
+        for found, expected in zip(Compiled(at(rate))(x), at(rate)(x), strict=True):
+            torch.testing.assert_close(found, expected)
+    assert codes[0] == codes[1]
+    assert "0.7" in codes[0]
