@@ -87,7 +87,9 @@ run: {{storage_path: {folder}, name: sweep}}
 
     def validations(self) -> int:
         """How many all trials have told so far."""
-        return sum(len(json.loads(reports.read_text())) for reports in self._directory.rglob("reports.json"))
+        # Not rglob, which also walks through checkpoints, while they are being removed.
+        found = [path for depth in ("*", "*/*") for path in self._directory.glob(f"trials/{depth}/reports.json")]
+        return sum(len(json.loads(reports.read_text())) for reports in found)
 
     def table(self, *, resume: bool) -> list[dict[str, Any]]:
         """The trials' rows after the sweep's end, which this waits for."""
