@@ -42,6 +42,9 @@ class Monkey(Callback):
         self._storage_fails = 0
         self._learner_killed: float | None = None
         self._learner_comes_back = False
+        self._away: set[str] = set()
+        """Learner or storage, without which the driver itself cannot go on."""
+        self._away_until = 0.0
         self._just_hurt: list[Any] = []
         self._at = 0
         self._breath = BREATH_S
@@ -91,6 +94,7 @@ class Monkey(Callback):
         if self._learner_comes_back and self._learner_killed is not None:
             self.recoveries["learner killed: the next step is done"].append(time.monotonic() - self._learner_killed)
             self._learner_killed, self._learner_comes_back = None, False
+            self._is_back("learner")
         due = [fault for fault in self._due if fault[0] <= step]
         for fault in due:
             if self._inject(fault[1], step):
@@ -137,6 +141,7 @@ class Monkey(Callback):
             if self._learner_killed is not None or self._last_checkpoint in self.torn:
                 return False
             self._learner_killed = time.monotonic()
+            self._away.add("learner")
             threading.Timer(self._random.uniform(0, 0.05), self._kill_the_learner).start()
         return True
 
@@ -202,15 +207,24 @@ class Monkey(Callback):
     def _before_write(self, *_: Any) -> None:
         if self._storage_fails:
             self._storage_fails -= 1
+            self._away.add("storage")
             raise OSError(errno.ETIMEDOUT, "Connection timed out")
+        self._is_back("storage")
 
     def _after_lost(self, lost: list[Range], ledger: Ledger, actor: Any) -> None:
         for span in lost:
             if actor in self._lost_actors:
                 self._waiting[ledger, span] = self._lost_actors.pop(actor)
 
+    def _is_back(self, what: str) -> None:
+        if what in self._away:
+            self._away.remove(what)
+            self._away_until = time.monotonic()
+
     def _chunks_are_elsewhere(self, kind: str, since: float) -> None:
-        self.recoveries[f"{kind}: its chunks are with another"].append(time.monotonic() - since)
+        alone = not self._away and self._away_until < since
+        too = "" if alone else ", while the learner or the storage was away too"
+        self.recoveries[f"{kind}: its chunks are with another{too}"].append(time.monotonic() - since)
 
     def _after_submit(self, span: Range | None, ledger: Ledger, actor: Any) -> None:
         if span is not None and (lost := self._waiting.pop((ledger, span), None)) is not None:
