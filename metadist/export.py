@@ -22,17 +22,18 @@ TOLERANCE = 1e-5
 """How far the exported model's outputs may lie from torch's, on the support set."""
 
 
-def export_model(model: AdaptedModel, out: str) -> dict[str, Any]:
+def export_model(model: AdaptedModel, out: str, *, inverted: bool = False) -> dict[str, Any]:
     """Writes a model to `out`: `NAME.onnx`, `NAME.pt2`, or a directory for safetensors; gives its description.
 
-    The batch size is free, and labels and preprocessing are inside. An ONNX or `.pt2` file is run before it takes its
-    place, on the support set as a whole and one example at a time. Raises MetadistError where its outputs differ from
-    torch's by more than TOLERANCE.
+    The batch size is free, and labels and preprocessing are inside; `inverted` says that the model was adapted to the
+    negatives of its user's images, which those to predict are then turned into as well. An ONNX or `.pt2` file is run
+    before it takes its place, on the support set as a whole and one example at a time. Raises MetadistError where its
+    outputs differ from torch's by more than TOLERANCE.
     """
     path = Path(out)
     if path.suffix not in (".onnx", ".pt2", ""):
         raise UserError(f"--out must end in .onnx or .pt2, or be a directory's name, got {out!r}. Rename it.")
-    predictor, described = Predictor(model).eval(), describe(model)
+    predictor, described = Predictor(model).eval(), describe(model, inverted=inverted)
     if path.suffix == "":
         _write_tensors(predictor, described, path)
         return described
@@ -52,7 +53,7 @@ def export_model(model: AdaptedModel, out: str) -> dict[str, Any]:
     return described
 
 
-def describe(model: AdaptedModel) -> dict[str, Any]:
+def describe(model: AdaptedModel, *, inverted: bool = False) -> dict[str, Any]:
     """What a program has to know to use the model, as plain values."""
     spec, config = model.run.spec, model.run.config
     is_images = len(spec.input_shape) == 3
@@ -67,6 +68,7 @@ def describe(model: AdaptedModel) -> dict[str, Any]:
             "height": spec.input_shape[1] if is_images else None,
             "width": spec.input_shape[2] if is_images else None,
             "resample": "lanczos" if is_images else None,
+            "inverted": inverted,
             "scale": 1 / 255 if is_images else 1.0,
             "mean": 0.0,
         },

@@ -34,8 +34,13 @@ class ExportedModel:
         shape = tuple(self.described["input_shape"])
         return EpisodeSpec(kind=kind, input_shape=shape, output_size=max(1, len(labels)), support_size=1, query_size=1)
 
+    @property
+    def is_inverted(self) -> bool:
+        """Whether the model is for the negatives of its user's images."""
+        return bool(self.described["preprocessing"].get("inverted", False))
+
     def outputs(self, x: np.ndarray) -> np.ndarray:
-        """For uint8 images or float vectors, scaled as the file says."""
+        """For uint8 images, negatives already where `is_inverted`, or float vectors; scaled as the file says."""
         scale = self.described["preprocessing"]["scale"] if x.dtype == np.uint8 else 1.0
         return self.run((x.astype(np.float32) * np.float32(scale)).astype(np.float32))
 

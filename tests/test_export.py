@@ -110,6 +110,23 @@ def test_pt2_gives_the_same_and_knows_its_labels(models, tmp_path):
     assert loaded.described["preprocessing"]["color"] == "grey"
 
 
+def test_what_a_model_of_negatives_predicts_is_inverted_too_unless_told_otherwise(models, tmp_path):
+    x, model = images(20, seed=3), models["maml"]
+    (tmp_path / "paper").mkdir()
+    for number, image in enumerate(x):
+        Image.fromarray(255 - image[0]).save(tmp_path / "paper" / f"{number:02}.png")
+    for name, inverted in (("light", False), ("ink", True)):
+        export_model(model, str(tmp_path / f"{name}.pt2"), inverted=inverted)
+    cases = [("ink", [], x), ("ink", ["--invert"], x), ("ink", ["--no-invert"], 255 - x)]
+    for name, options, seen in [*cases, ("light", [], 255 - x), ("light", ["--invert"], x)]:
+        arguments = ["predict", str(tmp_path / f"{name}.pt2"), str(tmp_path / "paper"), "--json", *options]
+        found = CliRunner().invoke(cli, arguments)
+        assert found.exit_code == 0, found.output
+        predicted = [row["prediction"] for row in json.loads(found.stdout)["predictions"]]
+        assert predicted == model.predict(seen).tolist()
+    assert model.predict(x).tolist() != model.predict(255 - x).tolist()
+
+
 def test_frozen_statistics_give_what_the_policy_support_gives(models):
     model = models["maml"]
     x = torch.tensor(images(5, seed=4) / np.float32(255))

@@ -59,7 +59,7 @@ def adapt(
     if out:
         from metadist.export import export_model
 
-        export_model(model, out)
+        export_model(model, out, inverted=invert)
     expected = loaded.expected_accuracy(model) if model.cross_validation is None else None
     result = {
         "run_dir": loaded.location,

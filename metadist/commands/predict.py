@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from metadist.commands.output import invert_option, json_option, print_json, result_console
+from metadist.commands.output import json_option, print_json, result_console
 
 SHOWN = 20
 """Predictions that the table shows; --json has all."""
@@ -13,9 +13,13 @@ SHOWN = 20
 @click.command()
 @click.argument("model")
 @click.argument("file", metavar="FILE|DIR")
-@invert_option
+@click.option(
+    "--invert/--no-invert",
+    default=None,
+    help="Whether to take the images' negatives; left out, as `metadist adapt --out` was told.",
+)
 @json_option
-def predict(model: str, file: str, invert: bool, as_json: bool) -> None:
+def predict(model: str, file: str, invert: bool | None, as_json: bool) -> None:
     """Predict the examples of FILE with MODEL, an exported .onnx or .pt2 file, on one core.
 
     Examples are as those of `metadist adapt --query`. Where they have labels, these are compared.
@@ -24,7 +28,7 @@ def predict(model: str, file: str, invert: bool, as_json: bool) -> None:
     from metadist.tasks.labelled_files import read_labelled
 
     loaded = load_exported(model)
-    asked = read_labelled(file, loaded.spec, invert=invert)
+    asked = read_labelled(file, loaded.spec, invert=loaded.is_inverted if invert is None else invert)
     outputs, labels = loaded.outputs(asked.x), loaded.described["labels"]
     rows: list[dict[str, Any]]
     if labels:
