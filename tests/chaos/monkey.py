@@ -45,7 +45,6 @@ class Monkey(Callback):
         self._away: set[str] = set()
         """Learner or storage, without which the driver itself cannot go on."""
         self._away_until = 0.0
-        self._just_hurt: list[Any] = []
         self._at = 0
         self._breath = BREATH_S
         self._lost_slots: dict[Slot, float] = {}
@@ -81,12 +80,14 @@ class Monkey(Callback):
             self._learner_comes_back = True
 
     def on_step(self, step: int, metrics: dict[str, float], status: Any) -> None:
+        began = time.monotonic()
         self._do(step)
-        # The driver sees to what was hurt from now on; what this took itself is no recovery.
-        for actor in self._just_hurt:
-            kind, _ = self._lost_actors[actor]
-            self._lost_actors[actor] = kind, time.monotonic()
-        self._just_hurt.clear()
+        # The driver sees to what was hurt from now on, or goes on to: what this took itself is no recovery.
+        now = time.monotonic()
+        for actor, (kind, since) in self._lost_actors.items():
+            self._lost_actors[actor] = kind, min(since + now - began, now)
+        if self._learner_killed is not None:
+            self._learner_killed = min(self._learner_killed + now - began, now)
 
     def _do(self, step: int) -> None:
         self._at = step
@@ -187,7 +188,6 @@ class Monkey(Callback):
         for slot in slots:
             self._lost_slots[slot] = time.monotonic()
             self._lost_actors[slot.actor] = kind, time.monotonic()
-            self._just_hurt.append(slot.actor)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
