@@ -82,12 +82,19 @@ class Monkey(Callback):
     def on_step(self, step: int, metrics: dict[str, float], status: Any) -> None:
         began = time.monotonic()
         self._do(step)
-        # The driver sees to what was hurt from now on, or goes on to: what this took itself is no recovery.
         now = time.monotonic()
+
+        def began_later(since: float) -> float:
+            """The driver sees to what was hurt from now on, or goes on to: what this took itself is no recovery."""
+            return min(since + now - began, now)
+
         for actor, (kind, since) in self._lost_actors.items():
-            self._lost_actors[actor] = kind, min(since + now - began, now)
+            self._lost_actors[actor] = kind, began_later(since)
+        for slot, since in self._lost_slots.items():
+            if self._asked_for.get(slot, 0.0) < since:
+                self._lost_slots[slot] = began_later(since)
         if self._learner_killed is not None:
-            self._learner_killed = min(self._learner_killed + now - began, now)
+            self._learner_killed = began_later(self._learner_killed)
 
     def _do(self, step: int) -> None:
         self._at = step
