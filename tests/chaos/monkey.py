@@ -48,6 +48,7 @@ class Monkey(Callback):
         self._at = 0
         self._breath = BREATH_S
         self._lost_slots: dict[Slot, float] = {}
+        self._stalled_until: dict[Slot, float] = {}
         self._asked_for: dict[Slot, float] = {}
         self._lost_actors: dict[Any, tuple[str, float]] = {}
         self._waiting: dict[tuple[Ledger, Range], tuple[str, float]] = {}
@@ -162,6 +163,7 @@ class Monkey(Callback):
             return False
         if kind == "adapter stalled":
             threading.Timer(STALL_S, lambda: _signal_if_there(pid, signal.SIGCONT)).start()
+            self._stalled_until[slot] = time.monotonic() + STALL_S
         else:
             self._note(kind, [slot])
         return True
@@ -184,9 +186,10 @@ class Monkey(Callback):
         os.kill(_pid(self._executor._learner.actor), signal.SIGKILL)
 
     def _ready(self) -> list[Slot]:
+        """Adapters that are at work; whoever takes a lost one's chunks is among them."""
         assert self._executor is not None
-        hurt = self._lost_slots
-        return [slot for slot in self._executor._free() if slot not in hurt]
+        now, free = time.monotonic(), self._executor._free()
+        return [slot for slot in free if slot not in self._lost_slots and self._stalled_until.get(slot, now) <= now]
 
     def _num_ready(self) -> int:
         return len(self._ready())
