@@ -90,3 +90,18 @@ def test_numbers_that_tensors_are_multiplied_by_become_inputs_and_the_bits_stay(
             torch.testing.assert_close(found, expected)
     assert codes[0] == codes[1]
     assert "0.7" in codes[0]
+
+
+def test_what_is_compiled_is_the_same_for_all_rates(monkeypatch):
+    def at(rate):
+        return lambda x: x - rate * x.sin()
+
+    def kept(graph, inputs, options):
+        codes.append(graph.code)
+        return graph
+
+    codes, x = [], torch.randn(5)
+    monkeypatch.setattr(torch._inductor, "compile", kept)
+    for rate in (0.1, 0.3):
+        assert torch.equal(Compiled(at(rate))(x), at(rate)(x))
+    assert codes[0] == codes[1]
