@@ -27,7 +27,7 @@ from metadist.distributed.draining import DrainingNodes
 from metadist.distributed.ledger import Ledger
 from metadist.distributed.pace import Pace
 from metadist.distributed.ray_executor import RayExecutor
-from metadist.distributed.work import Work
+from metadist.distributed.work import Result, Work
 from metadist.experiment import make_experiment
 from metadist.sections import ScalingSettings
 
@@ -43,7 +43,7 @@ WATCHING = {
 class Unwatched(RayExecutor):
     """Hands out each range once, and waits for all of them, whatever happens."""
 
-    def _complete(self, work: Work) -> dict[Range, ray.ObjectRef]:
+    def _complete(self, work: Work) -> dict[Range, Result]:
         work.hand_out(self._free())
         for call, receipt in zip(work.calls.values(), ray.get(list(work.calls)), strict=True):
             work.results[call.span] = call.result

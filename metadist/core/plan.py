@@ -58,7 +58,10 @@ class Plan:
             # The last, short range takes no time of its own beside full ones.
             return rounds * size + (size if left else rest)
 
-        size = min(reversed(sizes), key=time_in_chunks)
+        return self.aligned(min(reversed(sizes), key=time_in_chunks))
+
+    def aligned(self, size: int) -> list[Range]:
+        """Aligned ranges of `size` chunks, a power of two, that cover all; the last one may be shorter."""
         return [Range(start, min(start + size, self.num_chunks)) for start in range(0, self.num_chunks, size)]
 
 

@@ -11,6 +11,7 @@ from metadist.core.batch_norm import BatchNormPolicy
 from metadist.core.meta_gradient import EpisodeScores, Sums
 from metadist.core.outer import OuterSettings
 from metadist.core.plan import Plan, Range
+from metadist.core.reduction import reduce_tree
 from metadist.distributed.adapter import Adapter
 from metadist.distributed.learner import Learner, LearnerState
 from metadist.distributed.receipt import Receipt
@@ -21,7 +22,24 @@ DEATHS = (RayActorError, WorkerCrashedError, OutOfMemoryError)
 
 
 class SumsLost(Exception):
-    """Results of adapters were gone before the learner had them; `args` is the list of their ranges."""
+    """Results of adapters were gone before they were added up; `args` is the list of their ranges."""
+
+
+def fetched(spans: list[Range], sums: list[ray.ObjectRef]) -> dict[Range, Sums]:
+    """Sums from wherever they lie, all on their way at once. Raises SumsLost."""
+    try:
+        return dict(zip(spans, ray.get(sums), strict=True))
+    except ObjectLostError:
+        pass  # Which of them, is seen one by one.
+    values, lost = {}, []
+    for span, reference in zip(spans, sums, strict=True):
+        try:
+            values[span] = ray.get(reference)
+        except ObjectLostError:
+            lost.append(span)
+    if lost:
+        raise SumsLost(lost)
+    return values
 
 
 class AdapterActor:
@@ -40,6 +58,12 @@ class AdapterActor:
         """A small receipt for the driver, and the sums, which go to the learner without passing the driver."""
         sums = self.adapter.sum_range(plan, span, published)
         return self.adapter.take_receipt(), sums
+
+    def combine(self, span: Range, parts: list[Range], sums: list[ray.ObjectRef]) -> tuple[Receipt, Sums]:
+        """The sums of a range from those of its parts, in tree order. Raises SumsLost."""
+        began = time.perf_counter()
+        total = reduce_tree(span, fetched(parts, sums).get, Sums.__add__)
+        return Receipt(Seconds(reducing=time.perf_counter() - began)), total
 
     def score_range(
         self, plan: Plan, span: Range, published: np.ndarray, inner_steps: int, policies: list[BatchNormPolicy]
@@ -69,16 +93,7 @@ class LearnerActor:
 
         Raises SumsLost, with nothing done, where the sums of a range are gone.
         """
-        values: dict[Range, Sums] = {}
-        lost = []
-        for span, reference in zip(spans, sums, strict=True):
-            try:
-                values[span] = ray.get(reference)
-            except ObjectLostError:
-                lost.append(span)
-        if lost:
-            raise SumsLost(lost)
-        metrics = self.learner.step(plan, values)
+        metrics = self.learner.step(plan, fetched(spans, sums))
         return (metrics, self.learner.seconds), self.learner.newest()
 
     def state(self) -> LearnerState:

@@ -13,7 +13,7 @@ from metadist.distributed.learner import LearnerState
 from metadist.distributed.seconds import Seconds
 
 Handle = Any
-"""Stands for a value that lies somewhere: the array itself in one process, an object reference with Ray."""
+"""Stands for a value that lies somewhere: the value itself in one process; with Ray, a reference to it."""
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Executor(Protocol):
         """The learner's theta and running statistics, to be given to `evaluate`: those of `publish` without a lag."""
 
     def run(self, plan: Plan, theta: Handle) -> dict[Range, Handle]:
-        """The sums of every range of the plan's chunks."""
+        """The sums of ranges that cover the plan's chunks."""
 
     def step(self, plan: Plan, theta: Handle, sums: dict[Range, Handle]) -> dict[str, float]:
         """One outer step; gives its metrics. Raises LearnerLostError where the learner is gone."""

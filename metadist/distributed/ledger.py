@@ -1,7 +1,7 @@
 """The ledger of one plan: which ranges of chunks are open, with whom, and done. Only lost ones are done again."""
 
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
 
 from metadist.core.plan import Range
 from metadist.errors import AdapterError
@@ -13,9 +13,11 @@ MAX_CRASHES = 5
 class Ledger:
     """Keeps account of ranges by their state: open -> submitted -> done, and back to open when lost."""
 
-    def __init__(self, name: str, ranges: Iterable[Range]) -> None:
+    def __init__(self, name: str, ranges: Iterable[Range], *, divisible: bool = True) -> None:
         self.name = name
         """What the plan is, for errors: "step 812"."""
+        self._divisible = divisible
+        """Whether a range that raises can be done chunk by chunk."""
         self._open = deque(ranges)
         self._submitted: dict[Range, list[Hashable]] = {}
         self._done: set[Range] = set()
@@ -30,6 +32,11 @@ class Ledger:
     @property
     def complete(self) -> bool:
         return len(self._done) == self._total
+
+    @property
+    def open(self) -> Collection[Range]:
+        """Ranges that `submit` will give next, in that order."""
+        return self._open
 
     def submit(self, adapter: Hashable) -> Range | None:
         """The next open range, now with `adapter`; None where no range is open."""
@@ -82,6 +89,7 @@ class Ledger:
     def failed(self, span: Range, error: Exception) -> None:
         """Notes that a range raised: each of its chunks gets one more chance, alone, and the same error twice stops.
 
+        A range that cannot be divided gets its chance whole.
         The error of a duplicate whose range is done or was divided already is dropped with it.
         """
         if span in self._done or span in self._divided:
@@ -93,7 +101,7 @@ class Ledger:
             raise AdapterError(
                 f"{self.name}: chunks {span.start} to {span.stop - 1} failed twice: {message}"
             ) from error
-        if span.stop - span.start == 1:
+        if span.stop - span.start == 1 or not self._divisible:
             self._errors[span] = message
             self._reopen(span)
             return

@@ -19,6 +19,7 @@ from metadist.core.batch_norm import BatchNormPolicy
 from metadist.core.meta_gradient import EpisodeScores
 from metadist.core.outer import OuterSettings
 from metadist.core.plan import Plan, Range
+from metadist.distributed import combining
 from metadist.distributed.actors import DEATHS, AdapterActor, SumsLost
 from metadist.distributed.draining import DrainingNodes, ThisNode
 from metadist.distributed.executor import Counters
@@ -30,7 +31,7 @@ from metadist.distributed.placement import adapter_options
 from metadist.distributed.ray_metrics import RayMetrics
 from metadist.distributed.remote_learner import RemoteLearner, cause_of
 from metadist.distributed.seconds import Seconds
-from metadist.distributed.work import Call, Slot, Work
+from metadist.distributed.work import Call, Result, Slot, Work
 from metadist.errors import (
     AdapterError,
     ClusterError,
@@ -57,6 +58,8 @@ class RayExecutor:
 
     While the learner steps, the next step's ranges are already with the adapters, which sample their episodes and
     wait for its theta: nobody waits for this process in between. With `outer.lag` they have that theta, and go on.
+
+    What would be too much for the learner to take, adapters add up before: see `combining`.
     """
 
     def __init__(
@@ -86,7 +89,8 @@ class RayExecutor:
         self._draining = DrainingNodes()
         self._here = ThisNode(notify)
         self._looked = 0.0
-        self._paces = {name: Pace(scaling.start_timeout_s) for name in ("sums", "scores")}
+        self._paces = {name: Pace(scaling.start_timeout_s) for name in ("sums", "combining", "scores")}
+        self._bytes_a_sum = 4 * (len(experiment.initial_theta) + len(experiment.initial_statistics))
         self._stop: Callable[[], bool] = lambda: False
 
     def start(
@@ -118,20 +122,20 @@ class RayExecutor:
     def newest(self) -> ray.ObjectRef:
         return self._learner.newest
 
-    def run(self, plan: Plan, theta: ray.ObjectRef) -> dict[Range, ray.ObjectRef]:
+    def run(self, plan: Plan, theta: ray.ObjectRef) -> dict[Range, Result]:
         ahead, self._ahead = self._ahead, None
         if ahead is None or (ahead.plan, ahead.theta) != (plan, theta):
             ahead = self._sums(plan, theta, plan.ranges(len(self._free())))
-        results = self._complete(ahead)
-        adapters = max(1, self.num_adapters)
-        self.seconds = Seconds(*(total / adapters for total in ahead.receipt.seconds))
+        sums = self._computed(ahead)
+        self.seconds = self._per_adapter(ahead)
         self.bad_episodes = ahead.receipt.bad_in_order()
         self.counters.peak_device_bytes = max(self.counters.peak_device_bytes, ahead.receipt.device_bytes)
-        return results
+        return self._combined(plan, theta, sums)
 
-    def step(self, plan: Plan, theta: ray.ObjectRef, sums: dict[Range, ray.ObjectRef]) -> dict[str, float]:
+    def step(self, plan: Plan, theta: ray.ObjectRef, sums: dict[Range, Result]) -> dict[str, float]:
         while True:
-            report, newest = self._learner.step(plan, sums)
+            references = {span: result.reference for span, result in sums.items()}
+            report, newest = self._learner.step(plan, references)
             if plan.step + 1 < self._num_steps:
                 following = dataclasses.replace(plan, step=plan.step + 1)
                 theta_then = self._learner.published_after(newest)
@@ -141,9 +145,7 @@ class RayExecutor:
                 metrics, seconds = self._learner.ask(report)
             except SumsLost as error:
                 self._ahead = None
-                (lost,) = error.args
-                self.counters.chunks_recomputed += sum(span.stop - span.start for span in lost)
-                sums |= self._complete(self._sums(plan, theta, lost))
+                sums = self._with_again(plan, theta, sums, *error.args)
             else:
                 self._learner.accept(newest)
                 self.seconds += seconds
@@ -162,11 +164,11 @@ class RayExecutor:
         # Four ranges an adapter: short enough to share the work evenly, long enough to outweigh the calls.
         missing = plan.ranges(4 * len(self._free()))
         while missing:
-            found = self._complete(Work(plan, theta, Ledger("evaluation", missing), submit, self._paces["scores"]))
+            found = self._computed(Work(plan, theta, Ledger("evaluation", missing), submit, self._paces["scores"]))
             missing = []
-            for span, reference in found.items():
+            for span, result in found.items():
                 try:
-                    scores[span] = ray.get(reference)
+                    scores[span] = ray.get(result.reference)
                 except ObjectLostError:
                     missing.append(span)
         parts = [scores[span] for span in sorted(scores)]
@@ -197,8 +199,58 @@ class RayExecutor:
 
         return Work(plan, theta, Ledger(f"step {plan.step}", ranges), submit, self._paces["sums"])
 
-    def _complete(self, work: Work) -> dict[Range, ray.ObjectRef]:
-        """Hands out the ranges until all are done; gives where each result lies.
+    def _combined(self, plan: Plan, theta: ray.ObjectRef, sums: dict[Range, Result]) -> dict[Range, Result]:
+        """As few sums as the learner can take, those of an adapter each added up by others where there are more."""
+        while len(sums) > 1 and len(sums) * self._bytes_a_sum > combining.LEARNER_TAKES_BYTES:
+            groups = combining.next_level(plan, {span: result.node for span, result in sums.items()})
+            work = self._combination(plan, theta, groups, sums)
+            try:
+                found = self._complete(work)
+            except SumsLost as error:
+                sums = self._with_again(plan, theta, sums, *error.args)
+            else:
+                self.seconds += self._per_adapter(work)
+                sums = {span: found.get(span) or sums[span] for span in groups}
+        return sums
+
+    def _combination(
+        self, plan: Plan, theta: ray.ObjectRef, groups: dict[Range, list[Range]], sums: dict[Range, Result]
+    ) -> Work:
+        """One level: a range of several parts is added up where the first of them lies."""
+
+        def submit(actor: Any, span: Range) -> tuple[ray.ObjectRef, ray.ObjectRef]:
+            references = [sums[part].reference for part in groups[span]]
+            call: tuple[ray.ObjectRef, ray.ObjectRef] = actor.combine.options(num_returns=2).remote(
+                span, groups[span], references
+            )
+            return call
+
+        homes = {span: sums[parts[0]].node for span, parts in groups.items() if len(parts) > 1}
+        ledger = Ledger(f"step {plan.step}, combining", homes, divisible=False)
+        return Work(plan, theta, ledger, submit, self._paces["combining"], homes=homes)
+
+    def _with_again(
+        self, plan: Plan, theta: ray.ObjectRef, sums: dict[Range, Result], lost: list[Range]
+    ) -> dict[Range, Result]:
+        """Sums of which some were lost: these are computed again, by as many adapters as there are."""
+        self.counters.chunks_recomputed += sum(span.stop - span.start for span in lost)
+        missing = combining.as_handed_out(lost, plan.ranges(len(self._free())))
+        kept = {span: result for span, result in sums.items() if span not in lost}
+        return kept | self._computed(self._sums(plan, theta, missing))
+
+    def _per_adapter(self, work: Work) -> Seconds:
+        adapters = max(1, self.num_adapters)
+        return Seconds(*(total / adapters for total in work.receipt.seconds))
+
+    def _computed(self, work: Work) -> dict[Range, Result]:
+        """As `_complete`, with what was computed again or twice counted."""
+        results = self._complete(work)
+        self.counters.chunks_recomputed += work.ledger.chunks_lost
+        self.counters.chunks_given_twice += work.chunks_given_twice
+        return results
+
+    def _complete(self, work: Work) -> dict[Range, Result]:
+        """Hands out the ranges until all are done; gives where each result lies. Raises SumsLost where one needs them.
 
         Calls left over from a plan that was given up only come first in their actors' queues.
         """
@@ -233,18 +285,21 @@ class RayExecutor:
                     # Only the published theta is passed in; the learner can publish it again.
                     raise LearnerLostError(f"the published theta was lost: {first_line(error)}") from None
                 except RayTaskError as error:
-                    ledger.failed(call.span, cause_of(error))
+                    cause = cause_of(error)
+                    if isinstance(cause, SumsLost):
+                        self._overdue |= calls
+                        raise cause from None
+                    ledger.failed(call.span, cause)
                 else:
                     work.done(call, receipt)
         self._overdue |= calls
-        self.counters.chunks_recomputed += ledger.chunks_lost
-        self.counters.chunks_given_twice += work.chunks_given_twice
         return work.results
 
     def _free(self) -> list[Slot]:
-        """Adapters that are ready and owe nothing from an earlier plan."""
+        """Adapters that are ready and owe nothing from an earlier plan; those of a node get neighbouring ranges."""
         owing = {call.slot for call in self._overdue.values()}
-        return [slot for slot in self._slots if slot.starting is None and slot not in owing]
+        free = [slot for slot in self._slots if slot.starting is None and slot not in owing]
+        return sorted(free, key=lambda slot: slot.node or "")
 
     def _come_back(self, reference: ray.ObjectRef) -> None:
         """A call that another adapter has answered comes to its end: its result is dropped, its adapter is free."""

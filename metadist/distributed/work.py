@@ -1,9 +1,9 @@
 """A plan under way on Ray: which adapter has which call, which calls are late, and where results lie."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 
@@ -29,6 +29,14 @@ class Slot:
     """What will take its place as soon as it is ready, since its node is about to be taken away."""
 
 
+class Result(NamedTuple):
+    """What an adapter has made of a range."""
+
+    reference: ray.ObjectRef
+    node: str | None
+    """Id of the node that it lies on."""
+
+
 @dataclass(eq=False)
 class Call:
     """One range with one adapter; a slot may have another actor by the time that the call comes to its end."""
@@ -36,7 +44,7 @@ class Call:
     slot: Slot
     actor: Any
     span: Range
-    result: ray.ObjectRef
+    result: Result
     since: float = field(default_factory=time.monotonic)
     answered_elsewhere: float | None = None
     """When another adapter gave the same range."""
@@ -53,9 +61,11 @@ class Work:
     submit: Callable[[Any, Range], tuple[ray.ObjectRef, ray.ObjectRef]]
     pace: Pace
     calls: dict[ray.ObjectRef, Call] = field(default_factory=dict)
-    results: dict[Range, ray.ObjectRef] = field(default_factory=dict)
+    results: dict[Range, Result] = field(default_factory=dict)
     receipt: Receipt = field(default_factory=Receipt)
     """Of all adapters together."""
+    homes: Mapping[Range, str | None] = field(default_factory=dict)
+    """Nodes on which a range is best worked on; those that are left out may go anywhere."""
     chunks_given_twice: int = 0
     _looked: float = 0.0
 
@@ -68,9 +78,7 @@ class Work:
         """Gives every free slot without a range of this plan the next one that is open, or else one that is late."""
         busy = {call.slot for call in self.calls.values()}
         late = self._late()
-        for slot in free:
-            if slot in busy:
-                continue
+        for slot in self._nearest([slot for slot in free if slot not in busy]):
             span = self.ledger.submit(slot.actor)
             if span is None:
                 if not late:
@@ -79,7 +87,19 @@ class Work:
                 self.ledger.submit_again(span, slot.actor)
                 self.chunks_given_twice += span.stop - span.start
             receipt, result = self.submit(slot.actor, span)
-            self.calls[receipt] = Call(slot, slot.actor, span, result)
+            self.calls[receipt] = Call(slot, slot.actor, span, Result(result, slot.node))
+
+    def _nearest(self, idle: list[Slot]) -> list[Slot]:
+        """In the order of the open ranges: for each an adapter at its home if there is one, else the next one."""
+        if not self.homes:
+            return idle
+        chosen: list[Slot] = []
+        for span in list(self.ledger.open)[: len(idle)]:
+            home = self.homes.get(span)
+            slot = next((slot for slot in idle if slot.node == home), idle[0])
+            idle.remove(slot)
+            chosen.append(slot)
+        return chosen + idle
 
     def done(self, call: Call, receipt: Receipt) -> None:
         """Takes the first answer for a range, and drops any other."""
@@ -87,7 +107,7 @@ class Work:
             return
         self.results[call.span] = call.result
         self.receipt += receipt
-        self.pace.note(call.span, receipt.seconds.sampling + receipt.seconds.adapting)
+        self.pace.note(call.span, sum(receipt.seconds))
         for other in self.calls.values():
             if other.span == call.span:
                 other.answered_elsewhere = time.monotonic()

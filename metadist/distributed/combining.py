@@ -1,0 +1,43 @@
+"""Where the sums of many adapters meet before the learner takes them: along the tree, near to where they lie.
+
+The learner takes as many sums as fit into `LEARNER_TAKES_BYTES`, so that what it receives in a step does not grow
+with the number of adapters. Where there is more, adapters add up aligned ranges first, level by level: up to
+`NEAR` sums that lie on one node, where nothing is sent, and from node to node two at a time, so that no link carries
+more than one sum a level. A level is decided by where the sums lie; by the tree (`core/reduction.py`) no bit is.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from metadist.core.plan import Plan, Range
+
+LEARNER_TAKES_BYTES = 8 << 20
+NEAR = (8, 4, 2)
+"""Sums that one adapter adds up, where all of each group lie on one node; the first number for which they do."""
+FAR = 2
+
+
+def next_level(plan: Plan, nodes: Mapping[Range, str | None]) -> dict[Range, list[Range]]:
+    """Larger aligned ranges that cover the plan, each with its parts, given the `nodes` on which parts lie."""
+    size = 1 << (max(span.stop - span.start for span in nodes) - 1).bit_length()
+    for number in NEAR:
+        groups = _grouped(plan, number * size, nodes)
+        if all(len({nodes[part] for part in parts}) == 1 for parts in groups.values()):
+            return groups
+    return _grouped(plan, FAR * size, nodes)
+
+
+def as_handed_out(spans: Iterable[Range], handed_out: list[Range]) -> list[Range]:
+    """Aligned ranges, the larger ones divided into those that are `handed_out` to adapters."""
+    divided = []
+    for span in spans:
+        inside = [part for part in handed_out if span.start <= part.start and part.stop <= span.stop]
+        divided += inside or [span]
+    return divided
+
+
+def _grouped(plan: Plan, size: int, spans: Iterable[Range]) -> dict[Range, list[Range]]:
+    groups: dict[Range, list[Range]] = {span: [] for span in plan.aligned(size)}
+    for span in sorted(spans):
+        start = span.start // size * size
+        groups[Range(start, min(start + size, plan.num_chunks))].append(span)
+    return groups
