@@ -24,6 +24,9 @@ from metadist.distributed.work import Slot
 from metadist.experiment import Experiment, make_experiment
 from metadist.sections import ScalingSettings, TrainingSettings
 
+MEASURED = ("seconds", "driver_cpu_s", "combining_s", "levels", "stepping_s")
+"""Of a step: its wall-clock time, this process's processor time, levels of adapters that add up sums and what they
+took, and the learner's optimizer."""
 MODELS = {"Conv-4": "strided", "ResNet-12": "resnet12"}
 
 
@@ -32,10 +35,23 @@ class _LightExecutor(RayExecutor):
 
     adapter_s = 0.0
     theta_size = 0
+    combining_s = 0.0
+    levels = 0
+    """Of the last step."""
 
     def _new_slot(self) -> Slot:
         actor: Any = ray.remote(LightAdapter).options(num_cpus=0).remote(self.theta_size, self.adapter_s)
         return Slot(actor, actor.prepare.remote(self._experiment))
+
+    def _combined(self, *arguments: Any) -> Any:
+        self.levels, began = 0, time.perf_counter()
+        combined = super()._combined(*arguments)
+        self.combining_s = time.perf_counter() - began
+        return combined
+
+    def _combination(self, *arguments: Any) -> Any:
+        self.levels += 1
+        return super()._combination(*arguments)
 
 
 def measure(model: str, adapters: int, adapter_s: float, steps: int, lag: int) -> dict[str, Any]:
@@ -50,13 +66,19 @@ def measure(model: str, adapters: int, adapter_s: float, steps: int, lag: int) -
     executor.adapter_s, executor.theta_size = adapter_s, experiment.theta.size
     try:
         executor.start(None, None, lambda: False)
-        seconds = []
+        found: dict[str, list[float]] = {name: [] for name in (*MEASURED, "sums")}
         for step in range(steps + 2):
-            began = time.perf_counter()
+            began, worked = time.perf_counter(), time.process_time()
             plan, theta = plan_step(0, step, adapters, 1), executor.publish()
-            executor.step(plan, theta, executor.run(plan, theta))
-            seconds.append(time.perf_counter() - began)
-        took = statistics.median(seconds[2:])
+            sums = executor.run(plan, theta)
+            executor.step(plan, theta, sums)
+            found["seconds"].append(time.perf_counter() - began)
+            found["driver_cpu_s"].append(time.process_time() - worked)
+            found["combining_s"].append(executor.combining_s)
+            found["levels"].append(executor.levels)
+            found["stepping_s"].append(executor.seconds.stepping)
+            found["sums"].append(len(sums))
+        medians = {name: statistics.median(values[2:]) for name, values in found.items()}
     finally:
         executor.close()
     size = 4 * experiment.theta.size
@@ -66,10 +88,10 @@ def measure(model: str, adapters: int, adapter_s: float, steps: int, lag: int) -
         "lag": lag,
         "adapter_s": adapter_s,
         "theta_bytes": size,
-        "steps_per_second": 1 / took,
-        "beyond_adapters_s": took - adapter_s,
-        "bytes_to_learner": size * adapters,
-        "seconds": seconds,
+        "steps_per_second": 1 / medians["seconds"],
+        "beyond_adapters_s": medians["seconds"] - adapter_s,
+        "bytes_to_learner": size * medians["sums"],
+        **{name: medians[name] for name in MEASURED},
     }
 
 
@@ -84,9 +106,10 @@ class _Shapes:
 
 
 def run(numbers: tuple[int, ...], adapter_s: float, steps: int, console: Console) -> list[dict[str, Any]]:
-    """Measures and prints each model with each number of adapters; large gradients with at most 32."""
+    """Measures and prints each model with each number of adapters; large gradients with at most 16."""
     table = Table(
-        *("model", "adapters", "lag", "steps/s", "beyond the adapters, ms", "to the learner, MB a step"),
+        *("model", "adapters", "lag", "steps/s", "beyond the adapters, ms", "of that combining, ms"),
+        *("driver's CPU, ms", "to the learner, MB a step"),
         title=f"light adapters that wait {1e3 * adapter_s:.0f} ms, medians of {steps} steps",
         title_justify="left",
         box=box.SIMPLE,
@@ -94,7 +117,7 @@ def run(numbers: tuple[int, ...], adapter_s: float, steps: int, console: Console
     found = []
     for model in MODELS:
         for adapters in numbers:
-            if model != "Conv-4" and adapters > 32:
+            if model != "Conv-4" and adapters > 16:
                 continue
             for lag in (0, 1):
                 one = measure(model, adapters, adapter_s, steps, lag)
@@ -105,6 +128,8 @@ def run(numbers: tuple[int, ...], adapter_s: float, steps: int, console: Console
                     str(lag),
                     f"{one['steps_per_second']:.1f}",
                     f"{1e3 * one['beyond_adapters_s']:.1f}",
+                    f"{1e3 * one['combining_s']:.1f}",
+                    f"{1e3 * one['driver_cpu_s']:.1f}",
                     f"{one['bytes_to_learner'] / 1e6:.1f}",
                 )
     console.print(table)

@@ -5,7 +5,8 @@ meets both; the ratio of medians is the figure. What is timed is whole meta-iter
 adapting, reducing, stepping. In between, the same adapters compute the same chunks with nothing to
 wait for and nobody to talk to: what the machine itself gives to so many processes at that moment.
 
-With `--light 8 --light 32 ..` it measures instead how many adapters one learner can serve: see `control_plane.py`.
+With `--light 8 --light 32 ..` it measures instead how many adapters one learner can serve (`control_plane.py`), and
+what that lets expect of a cluster (`cost_model.py`).
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ import ray
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import control_plane
+from benchmarks import control_plane, cost_model
 from benchmarks.results import write_results
 from metadist import load_config
 from metadist.config import Config
@@ -81,7 +82,12 @@ def main(
         disconnect = connect(ScalingSettings(), console)
         found = control_plane.run(light, light_s, steps, console)
         disconnect()
-        write_results(Path(out).with_name("control_plane.json"), {"steps": steps, "adapters": found})
+        results = {"steps": steps, "adapters": found}
+        if any(one["levels"] for one in found) and len({one["adapters"] for one in found}) > 1:
+            results["cost_model"] = cost_model.predict(found, Path(out).with_name("cost_model.png"), console)
+        else:
+            console.print("No prediction: it needs two numbers of adapters, one of them so large that they combine.")
+        write_results(Path(out).with_name("control_plane.json"), results)
         return
     settings = load_config(config)
     experiment = make_experiment(settings)
