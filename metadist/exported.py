@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from metadist.core.episode import EpisodeSpec
+from metadist.core.threads import torch_threads
 from metadist.errors import DataError, UserError, first_line
 from metadist.files import parse_json
 
@@ -98,13 +99,8 @@ def _load_pt2(path: str) -> tuple[str, Callable[[np.ndarray], np.ndarray]]:
         raise DataError(f"{path}: not a readable .pt2 file ({first_line(error)}). Export it again.") from None
 
     def run(x: np.ndarray) -> np.ndarray:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            with torch.no_grad():
-                outputs: np.ndarray = module(torch.from_numpy(x)).numpy()
-                return outputs
-        finally:
-            torch.set_num_threads(threads)
+        with torch_threads(1), torch.no_grad():
+            outputs: np.ndarray = module(torch.from_numpy(x)).numpy()
+            return outputs
 
     return extra[KEY], run

@@ -20,6 +20,7 @@ from metadist.adaptation import LoadedRun, load
 from metadist.baselines import BASELINES, cross_validated
 from metadist.core.episode import Examples
 from metadist.core.keys import TaskKey
+from metadist.core.threads import torch_threads
 from metadist.cross_validation import cross_validate
 from metadist.errors import DataError
 from metadist.features import features
@@ -97,6 +98,11 @@ def similarity(run: LoadedRun | str, x: Any, y: Any, *, neighbourhood: Neighbour
     data do not fit the run, or the run's source has too few examples to draw tasks of these sizes.
     """
     run = load(run) if isinstance(run, str) else run
+    with torch_threads(run.experiment.threads):
+        return _compared(run, x, y, neighbourhood)
+
+
+def _compared(run: LoadedRun, x: Any, y: Any, neighbourhood: Neighbourhood | None) -> Similarity:
     model = run.adapt(x, y, cross_validation=False)
     support, ways = model.support, len(model.classes_)
     sizes = tuple(torch.bincount(support.y).tolist()) if ways else (len(support.x),)

@@ -267,8 +267,7 @@ class RayExecutor:
                 raise InterruptedRun("interrupted while no adapter was alive")
             starting = {slot.starting: slot for slot in self._slots if slot.starting is not None}
             waiting = [*calls, *starting, *self._overdue]
-            ready, _ = ray.wait(waiting, num_returns=1, timeout=POLL_S)
-            for reference in ready:
+            for reference in _ready(waiting):
                 if reference in starting:
                     self._admit(starting[reference])
                     continue
@@ -404,3 +403,12 @@ class RayExecutor:
             return
         fresh = self._new_slot()
         slot.actor, slot.starting, slot.node = fresh.actor, fresh.starting, None
+
+
+def _ready(waiting: list[ray.ObjectRef]) -> list[ray.ObjectRef]:
+    """All that are there by the time that one of them is: none where that takes longer than POLL_S."""
+    first, rest = ray.wait(waiting, num_returns=1, timeout=POLL_S)
+    if not first or not rest:
+        return first
+    more, _ = ray.wait(rest, num_returns=len(rest), timeout=0)
+    return first + more

@@ -3,11 +3,11 @@
 import dataclasses
 from dataclasses import dataclass, field
 
-import torch
 from rich.console import Console
 from rich.text import Text
 
 from metadist.config import Config
+from metadist.core.threads import torch_threads
 from metadist.errors import CheckpointError, DataError, ModelError, NonFiniteError, RunDirectoryError
 from metadist.evaluation import load_run_config, load_state
 from metadist.experiment import Experiment, check_splits, make_experiment
@@ -76,9 +76,7 @@ def find(directory: RunDirectory, episodes: int, step: int | None, config: Confi
         return _recorded(record, "There is no finished checkpoint yet, so nothing was computed from one.")
     except CheckpointError as error:
         raise CheckpointError(f"{error} No report was written.") from None
-    threads = torch.get_num_threads()
-    torch.set_num_threads(experiment.threads)
-    try:
+    with torch_threads(experiment.threads):
         console.print(Text(f"adapting to {episodes} {config.evaluation.split} episodes"))
         adaptation = adapt_to_episodes(config, experiment, state, episodes)
         notes, aligned = [], None
@@ -105,8 +103,6 @@ def find(directory: RunDirectory, episodes: int, step: int | None, config: Confi
             families=[family_of(episode.key) for episode in adaptation.episodes] if family_of else [],
             notes=[*record.notes, *notes],
         )
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _recorded(record: Record, why: str) -> Findings:

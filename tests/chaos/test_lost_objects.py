@@ -1,4 +1,7 @@
-"""What the object store loses with a node, after it was said to be there: theta, or the sums of a range."""
+"""What the object store loses with a node, after it was said to be there: theta, or the sums of a range.
+
+Sums are lost before the learner takes them, or before another adapter adds them to its own.
+"""
 
 import dataclasses
 from collections.abc import Iterator
@@ -12,6 +15,7 @@ from ray.cluster_utils import Cluster
 
 from metadist import MetaTrainer, ScalingSettings, load_config
 from metadist.core.plan import Plan
+from metadist.distributed import combining
 from metadist.distributed.ray_executor import RayExecutor
 from metadist.distributed.remote_learner import RemoteLearner
 from metadist.models import MLP
@@ -41,12 +45,13 @@ def hashes(result: Result) -> tuple[str, str]:
     return result.theta_sha256, result.optimizer_sha256
 
 
-@pytest.mark.parametrize("what", ["theta", "sums"])
+@pytest.mark.parametrize("what", ["theta", "sums", "parts"])
 def test_what_is_lost_with_a_node_is_published_or_computed_again_and_costs_no_bit(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     node = cluster.add_node(num_cpus=1, resources={"there": 1})
-    run, step, ask_to_step, lost, asked = RayExecutor.run, RayExecutor.step, RemoteLearner.step, [], []
+    run, step, combine, ask_to_step = RayExecutor.run, RayExecutor.step, RayExecutor._combined, RemoteLearner.step
+    lost, asked = [], []
 
     def copied(array: np.ndarray) -> np.ndarray:
         return array.copy()
@@ -68,15 +73,26 @@ def test_what_is_lost_with_a_node_is_published_or_computed_again_and_costs_no_bi
             lose_the_node()
         return step(executor, plan, theta, sums)
 
+    def combine_without_a_part(executor: RayExecutor, plan: Plan, theta: Any, sums: dict[Any, Any]) -> Any:
+        if what == "parts" and plan.step == 7:
+            lose_the_node()
+        return combine(executor, plan, theta, sums)
+
     def counted(learner: RemoteLearner, plan: Plan, sums: dict[Any, Any]) -> Any:
         asked.append(plan.step)
         return ask_to_step(learner, plan, sums)
 
     monkeypatch.setattr(RayExecutor, "run", run_with_theta_there)
     monkeypatch.setattr(RayExecutor, "step", step_without_its_sums)
+    monkeypatch.setattr(RayExecutor, "_combined", combine_without_a_part)
     monkeypatch.setattr(RemoteLearner, "step", counted)
+    if what == "parts":
+        monkeypatch.setattr(combining, "LEARNER_TAKES_BYTES", 0)
     disturbed = fit(tmp_path, 2, "disturbed")
     assert len(lost) == 1
     # Without a checkpoint the run begins anew where theta is lost; lost sums are made again for the same step.
-    assert asked == {"theta": [*range(7), *range(12)], "sums": [*range(8), *range(7, 12)]}[what]
+    # A part is missed before the learner is asked.
+    expected = {"theta": [*range(7), *range(12)], "sums": [*range(8), *range(7, 12)], "parts": [*range(12)]}
+    assert asked == expected[what]
+    assert what == "theta" or disturbed.chunks_recomputed > 0
     assert hashes(disturbed) == hashes(fit(tmp_path, 0, "alone"))
