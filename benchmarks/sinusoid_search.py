@@ -1,10 +1,10 @@
-"""Does a search find what a whole grid finds, with an eighth of its steps?
+"""Does a search find what a whole grid finds, with a fifth of its steps?
 
     python -m benchmarks.sinusoid_search grid      makes benchmarks/sinusoid_grid.json, 12 x 12 trainings; kept
     python -m benchmarks.sinusoid_search search    ASHA with TPE, and random search on the same budget, 5 seeds each
 
 Space, steps and validation tasks are those of benchmarks/sinusoid_search.yaml. What a search found is the setting with
-the lowest loss after all steps, among the trials that 13 % of the grid's steps had room for, one trial at a time.
+the lowest loss after all steps, among the trials that `--share` of the grid's steps had room for, one trial at a time.
 Either command goes on where it was ended.
 """
 
@@ -28,8 +28,6 @@ GRID = Path(__file__).with_name("sinusoid_grid.json")
 STDERR = Console(stderr=True, soft_wrap=True, highlight=False)
 POINTS = 12
 """Of each rate, in equal steps of its logarithm from one end of the space to the other."""
-SHARE = 0.13
-"""Of the grid's steps that a search may take."""
 WITHIN = 0.05
 """Of the grid's best loss, relatively."""
 INNER, OUTER = "algorithm.inner_lr", "outer.lr"
@@ -101,13 +99,13 @@ def searched(place: Path, seed: int, scheduler: str, searcher: str, trials: int,
     return {"seed": seed, "trials": len(within), "steps": steps, **{key: best[key] for key in ("loss", INNER, OUTER)}}
 
 
-def search(place: Path, seeds: list[int], trials: int, names: list[str]) -> dict[str, Any]:
+def search(place: Path, seeds: list[int], trials: int, names: list[str], share: float) -> dict[str, Any]:
     """ASHA with TPE beside random search, against the grid."""
     grid = json.loads(GRID.read_text())
     last = [cell for cell in grid["cells"] if cell["losses"][-1] is not None]
     best = min(last, key=lambda cell: cell["losses"][-1])
     total = len(grid["cells"]) * grid["steps"][-1]
-    budget = int(SHARE * total)
+    budget = int(share * total)
     limit = (1 + WITHIN) * best["losses"][-1]
     searches = {"tpe": ("asha", trials), "random": ("none", budget // grid["steps"][-1])}
     found = {
@@ -148,14 +146,15 @@ def main() -> None:
     parser.add_argument("what", choices=["grid", "search"])
     parser.add_argument("--place", type=Path, default=Path("runs/sinusoid_search"), help="where trainings lie")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--trials", type=int, default=52, help="of ASHA; those beyond the budget are left out")
+    parser.add_argument("--trials", type=int, default=80, help="of ASHA; those beyond the budget are left out")
+    parser.add_argument("--share", type=float, default=0.2, help="of the grid's steps that a search may take")
     parser.add_argument("--searcher", nargs="+", choices=["tpe", "random"], default=["tpe", "random"])
     parser.add_argument("--json", type=Path, help="write the result of a search there")
     options = parser.parse_args()
     if options.what == "grid":
         make_grid(options.place / "grid")
         return
-    result = search(options.place, options.seeds, options.trials, options.searcher)
+    result = search(options.place, options.seeds, options.trials, options.searcher, options.share)
     show(result)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
