@@ -4,7 +4,7 @@ Imports no torch, which a process of its own for each would not be light with.
 """
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
@@ -14,8 +14,17 @@ from metadist.core.reduction import reduce_tree
 from metadist.distributed.receipt import Receipt
 from metadist.distributed.seconds import Seconds
 
-LightSums = tuple[np.ndarray, ...]
-"""What `Sums` holds: gradient, statistics, metrics, number of tasks that were left out."""
+
+class LightSums(NamedTuple):
+    """What `Sums` holds."""
+
+    gradient: np.ndarray
+    statistics: np.ndarray
+    metrics: np.ndarray
+    left_out: np.ndarray
+
+    def __add__(self, other: "LightSums") -> "LightSums":  # type: ignore[override]
+        return LightSums(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
 
 class LightAdapter:
@@ -37,15 +46,11 @@ class LightAdapter:
         """A receipt and sums, after the time that adapting would take."""
         del plan, span, published
         time.sleep(self._seconds)
-        sums = (self._gradient, np.zeros(0, np.float32), np.zeros(2, np.float32), np.zeros(1, np.float32))
+        sums = LightSums(self._gradient, np.zeros(0, np.float32), np.zeros(2, np.float32), np.zeros(1, np.float32))
         return Receipt(Seconds(adapting=self._seconds)), sums
 
     def combine(self, span: Range, parts: list[Range], sums: list[Any]) -> tuple[Receipt, LightSums]:
         """As the real one."""
         began = time.perf_counter()
-        total = reduce_tree(span, dict(zip(parts, ray.get(sums), strict=True)).get, _add)
+        total = reduce_tree(span, dict(zip(parts, ray.get(sums), strict=True)).get, LightSums.__add__)
         return Receipt(Seconds(reducing=time.perf_counter() - began)), total
-
-
-def _add(mine: LightSums, theirs: LightSums) -> LightSums:
-    return tuple(one + other for one, other in zip(mine, theirs, strict=True))
