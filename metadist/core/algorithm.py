@@ -80,7 +80,8 @@ class Algorithm(ABC):
         """The parameters after 0, 1, .., `num_steps` inner steps on one support set; the last ones are phi.
 
         `meta` holds the model's parameters and the extra ones; it is never changed. An algorithm without
-        inner steps gives a list of one.
+        inner steps gives a list of one. It sees no query set, so evaluation adapts once for batch-norm policies that
+        differ there alone (`transductive`, `support`).
         """
 
     def predict(self, network: Network, phi: Params, support: Examples, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metadist.core.algorithm import Algorithm
-from metadist.core.batch_norm import BatchNormPolicy
+from metadist.core.batch_norm import BatchNormPolicy, Source
 from metadist.core.calibration import bin_sums
 from metadist.core.compiled import Compiled
 from metadist.core.episode import EpisodeBatch, Examples
@@ -236,10 +236,13 @@ def score_episodes(
 
     def score(support: Examples, query: Examples) -> tuple[Tensor, ...]:
         losses, accuracies, sums = [], [], []
+        # The inner loop sees the support set alone: policies that differ in the query set's statistics share it.
+        paths: dict[Source, list[Params]] = {}
         for policy in policies:
             bound = network.bind(statistics, training=False, policy=policy, test_ways=ways)
-            path = algorithm.adapt(bound, meta, support, inner_steps)
-            for loss, outputs in algorithm.losses_along(bound, path, support, query):
+            if bound.own_source not in paths:
+                paths[bound.own_source] = algorithm.adapt(bound, meta, support, inner_steps)
+            for loss, outputs in algorithm.losses_along(bound, paths[bound.own_source], support, query):
                 losses.append(loss)
                 accuracies.append(bound.accuracy_of(outputs, query.y))
                 is_classification = bound.kind == "classification"

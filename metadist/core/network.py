@@ -65,7 +65,8 @@ class Network:
         return [name for name, layer in modules if isinstance(layer, EpisodicBatchNorm)]
 
     @property
-    def _own_source(self) -> Source:
+    def own_source(self) -> Source:
+        """Whose statistics normalise a set without a reference, as the support set is in the inner loop."""
         return "running" if self.policy in ("running", "per_step") and not self.training else "own"
 
     def at(self, inner_step: int) -> "Network":
@@ -88,7 +89,7 @@ class Network:
             size = reference.shape[0]
             skeleton = self.skeletons[f"reference {size}", self.training]
             return _widened(functional_call(skeleton, model_params, (torch.cat([reference, x]),))[size:])
-        source = self._own_source
+        source = self.own_source
         if source == "running":
             model_params |= self._running_statistics()
         return _widened(functional_call(self.skeletons[source, self.training], model_params, (x,)))

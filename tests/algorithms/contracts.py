@@ -9,7 +9,9 @@ import numpy as np
 import torch
 
 from metadist.core.algorithm import Algorithm
+from metadist.core.batch_norm import BatchNormPolicy
 from metadist.core.episode import EpisodeBatch, Examples
+from metadist.core.meta_gradient import score_episodes
 from tests.builders import (
     Problem,
     classification,
@@ -71,6 +73,8 @@ def check_algorithm(
         _check_that_tasks_do_not_see_each_other(problem, batch)
         _check_that_vmap_equals_the_loop(problem, batch)
         _check_that_types_are_kept(problem, batch)
+        if problem.algorithm.trains_on_episodes:  # Other batches have no support set to adapt to.
+            _check_that_policies_scored_together_are_those_scored_alone(problem, batch)
     for name, value in variations.items():
         varied = value if isinstance(value, Beside) else Beside(value)
         one, other = make(**varied.others), make(**varied.others, **{name: varied.value})
@@ -208,6 +212,18 @@ def _check_that_types_are_kept(problem: Problem, batch: EpisodeBatch) -> None:
     assert rounded.gradient.dtype == np.float32
     error = relative_error(rounded.gradient, exact.gradient)
     assert error < 1e-3, f"float32 and float64 differ by {error:.1e}"
+
+
+def _check_that_policies_scored_together_are_those_scored_alone(problem: Problem, batch: EpisodeBatch) -> None:
+    """`transductive` and `support` share the inner loop."""
+
+    def scored(*policies: BatchNormPolicy) -> np.ndarray:
+        arguments = (problem.algorithm, problem.network, problem.layout, problem.theta, problem.statistics, batch)
+        return score_episodes(*arguments, inner_steps=2, policies=list(policies), strategy="loop").loss
+
+    policies: tuple[BatchNormPolicy, ...] = ("support", "transductive")
+    together, alone = scored(*policies), np.concatenate([scored(policy) for policy in policies])
+    assert np.array_equal(together, alone), f"losses under {policies} differ from those under each alone"
 
 
 def in_float32(targets: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from metadist.core.meta_gradient import score_episodes
 from metadist.sections import EvaluationSettings
 from tests.algorithms.by_hand import adapted_by_hand, conv4_network, loss_of, meta_gradient_by_hand, tanh_network
 from tests.algorithms.contracts import GRADIENT_BASED, SAME_BITS, check_algorithm, curves, images, relative_error
-from tests.builders import Problem, Quadratic, random_episodes, regression, tiny_config
+from tests.builders import Problem, Quadratic, classification, random_episodes, regression, small_conv4, tiny_config
 
 START, SUPPORT, QUERY = torch.tensor([[1.0, -2.0], [0.5, 3.0], [-1.0, 0.25]], dtype=torch.float64)
 
@@ -110,6 +110,27 @@ def test_at_test_there_may_be_more_inner_steps_than_in_training(strategy):
             phi = adapted_by_hand(tanh_network, theta, support, 0.1, steps, create_graph=False)
             expected = loss_of(tanh_network, phi, query).item()
             assert scores.loss[0, task, steps] == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize(("policies", "times"), [(["transductive", "support"], 1), (["running", "support"], 2)])
+def test_the_inner_loop_is_computed_once_for_policies_that_differ_in_the_query_set_alone(monkeypatch, policies, times):
+    algorithm = make(inner_steps=2)
+    spec = classification((1, 16, 16), ways=3, shots=2, queries=2)
+    problem = Problem(algorithm, small_conv4(spec), spec, policy="running")
+    calls, adapt = [], MAML.adapt
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return adapt(*arguments)
+
+    monkeypatch.setattr(MAML, "adapt", counted)
+    arguments = (algorithm, problem.network, problem.layout, problem.theta, problem.statistics)
+    scores = score_episodes(
+        *arguments, random_episodes(spec, 2, seed=2), inner_steps=3, policies=policies, strategy="loop"
+    )
+    assert len(calls) == 2 * times  # Of two tasks.
+    # Each policy still scores with its own statistics.
+    assert not np.allclose(scores.loss[0], scores.loss[1], rtol=1e-3)
 
 
 def test_a_config_says_how_many_inner_steps_there_are_at_test():
