@@ -29,7 +29,8 @@ class MatchingNet(EmbeddingBased):
     """
 
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """1 in the paper, where 5 ways have at most e / (e + 4 / e) = 65 % for one; lower ones are sharper."""
+    """1 in the paper. Cosines of features after a ReLU are 0 or more: one of 5 ways then has at most e / (e + 4) = 40 %,
+    whatever is learned, and learning is slow; lower temperatures are sharper."""
 
     def extra_parameters(self, network: Network, initial: Params) -> Params:
         del initial
