@@ -29,7 +29,7 @@ class MatchingNet(EmbeddingBased):
     """
 
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """1 in the paper. Cosines of features after a ReLU are 0 or more: one of 5 ways then has at most e / (e + 4) = 40 %,
+    """1 in the paper. Cosines of features after a ReLU are 0 or more: one of 5 ways then has 40 % at most, e / (e + 4),
     whatever is learned, and learning is slow; lower temperatures are sharper."""
 
     def extra_parameters(self, network: Network, initial: Params) -> Params:
