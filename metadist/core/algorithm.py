@@ -81,7 +81,7 @@ class Algorithm(ABC):
 
         `meta` holds the model's parameters and the extra ones; it is never changed. An algorithm without
         inner steps gives a list of one. It sees no query set, so evaluation adapts once for batch-norm policies that
-        differ there alone (`transductive`, `support`).
+        differ there alone (`transductive`, `support`): it must give no `reference` and not ask for the policy.
         """
 
     def predict(self, network: Network, phi: Params, support: Examples, x: Tensor) -> Tensor:

@@ -7,13 +7,20 @@ more than one sum a level. A level is decided by where the sums lie; by the tree
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Any
+
+import ray
 
 from metadist.core.plan import Plan, Range
+from metadist.distributed.ledger import Ledger
+from metadist.distributed.pace import Pace
+from metadist.distributed.work import Result, Work
 
 LEARNER_TAKES_BYTES = 8 << 20
-NEAR = (8, 4, 2)
+NEAR = (8, 4)
 """Sums that one adapter adds up, where all of each group lie on one node; the first number for which they do."""
 FAR = 2
+"""Otherwise."""
 
 
 def next_level(plan: Plan, nodes: Mapping[Range, str | None]) -> dict[Range, list[Range]]:
@@ -24,6 +31,24 @@ def next_level(plan: Plan, nodes: Mapping[Range, str | None]) -> dict[Range, lis
         if all(len({nodes[part] for part in parts}) == 1 for parts in groups.values()):
             return groups
     return _grouped(plan, FAR * size, nodes)
+
+
+def combination(
+    plan: Plan, theta: ray.ObjectRef, groups: dict[Range, list[Range]], sums: dict[Range, Result], pace: Pace
+) -> Work:
+    """One level: each range of several parts is to be added up where the first of them lies."""
+
+    def submit(actor: Any, span: Range) -> tuple[ray.ObjectRef, ray.ObjectRef]:
+        references = [sums[part].reference for part in groups[span]]
+        call: tuple[ray.ObjectRef, ray.ObjectRef] = actor.combine.options(num_returns=2).remote(
+            span, groups[span], references
+        )
+        return call
+
+    homes = {span: sums[parts[0]].node for span, parts in groups.items() if len(parts) > 1}
+    sizes = {span: len(groups[span]) for span in homes}
+    ledger = Ledger(f"step {plan.step}, combining", homes, divisible=False)
+    return Work(plan, theta, ledger, submit, pace, homes=homes, sizes=sizes)
 
 
 def as_handed_out(spans: Iterable[Range], handed_out: list[Range]) -> list[Range]:

@@ -2,8 +2,6 @@
 
 from collections import deque
 
-from metadist.core.plan import Range
-
 HISTORY = 64
 """Calls that are remembered."""
 ENOUGH = 8
@@ -29,15 +27,15 @@ class Pace:
     def is_known(self) -> bool:
         return len(self._seconds_a_chunk) >= ENOUGH
 
-    def note(self, span: Range, seconds: float) -> None:
-        """A call for `span` took an adapter so long."""
-        self._seconds_a_chunk.append(seconds / (span.stop - span.start))
+    def note(self, chunks: int, seconds: float) -> None:
+        """A call for so many chunks took an adapter so long."""
+        self._seconds_a_chunk.append(seconds / chunks)
         self._quartile = None
 
-    def deadline_s(self, span: Range) -> float:
-        """How long a call for `span` may take until it is late; `unknown_s` before the pace is known."""
+    def deadline_s(self, chunks: int) -> float:
+        """How long a call for so many chunks may take until it is late; `unknown_s` before the pace is known."""
         if not self.is_known:
             return self._unknown_s
         if self._quartile is None:
             self._quartile = sorted(self._seconds_a_chunk)[len(self._seconds_a_chunk) // 4]
-        return max(FLOOR_S, FACTOR * self._quartile * (span.stop - span.start))
+        return max(FLOOR_S, FACTOR * self._quartile * chunks)

@@ -31,7 +31,7 @@ from metadist.distributed.placement import adapter_options
 from metadist.distributed.ray_metrics import RayMetrics
 from metadist.distributed.remote_learner import RemoteLearner, cause_of
 from metadist.distributed.seconds import Seconds
-from metadist.distributed.work import Call, Result, Slot, Work
+from metadist.distributed.work import Call, Result, Slot, Work, ready
 from metadist.errors import (
     AdapterError,
     ClusterError,
@@ -126,7 +126,7 @@ class RayExecutor:
         ahead, self._ahead = self._ahead, None
         if ahead is None or (ahead.plan, ahead.theta) != (plan, theta):
             ahead = self._sums(plan, theta, plan.ranges(len(self._free())))
-        sums = self._computed(ahead)
+        sums = self._complete_and_count(ahead)
         self.seconds = self._per_adapter(ahead)
         self.bad_episodes = ahead.receipt.bad_in_order()
         self.counters.peak_device_bytes = max(self.counters.peak_device_bytes, ahead.receipt.device_bytes)
@@ -145,7 +145,7 @@ class RayExecutor:
                 metrics, seconds = self._learner.ask(report)
             except SumsLost as error:
                 self._ahead = None
-                sums = self._with_again(plan, theta, sums, *error.args)
+                sums = self._combined(plan, theta, self._with_again(plan, theta, sums, *error.args))
             else:
                 self._learner.accept(newest)
                 self.seconds += seconds
@@ -164,7 +164,9 @@ class RayExecutor:
         # Four ranges an adapter: short enough to share the work evenly, long enough to outweigh the calls.
         missing = plan.ranges(4 * len(self._free()))
         while missing:
-            found = self._computed(Work(plan, theta, Ledger("evaluation", missing), submit, self._paces["scores"]))
+            found = self._complete_and_count(
+                Work(plan, theta, Ledger("evaluation", missing), submit, self._paces["scores"])
+            )
             missing = []
             for span, result in found.items():
                 try:
@@ -200,57 +202,40 @@ class RayExecutor:
         return Work(plan, theta, Ledger(f"step {plan.step}", ranges), submit, self._paces["sums"])
 
     def _combined(self, plan: Plan, theta: ray.ObjectRef, sums: dict[Range, Result]) -> dict[Range, Result]:
-        """As few sums as the learner can take, those of an adapter each added up by others where there are more."""
+        """The sums, added up by adapters level by level until they are few enough for the learner."""
         while len(sums) > 1 and len(sums) * self._bytes_a_sum > combining.LEARNER_TAKES_BYTES:
             groups = combining.next_level(plan, {span: result.node for span, result in sums.items()})
-            work = self._combination(plan, theta, groups, sums)
-            try:
-                found = self._complete(work)
-            except SumsLost as error:
-                sums = self._with_again(plan, theta, sums, *error.args)
-            else:
-                self.seconds += self._per_adapter(work)
-                sums = {span: found.get(span) or sums[span] for span in groups}
+            work = combining.combination(plan, theta, groups, sums, self._paces["combining"])
+            found = self._complete(work)
+            self.seconds += self._per_adapter(work)
+            rest = {part: sums[part] for span, parts in groups.items() if span not in found for part in parts}
+            sums = found | rest
+            if work.lost:
+                sums = self._with_again(plan, theta, sums, list(work.lost))
         return sums
-
-    def _combination(
-        self, plan: Plan, theta: ray.ObjectRef, groups: dict[Range, list[Range]], sums: dict[Range, Result]
-    ) -> Work:
-        """One level: a range of several parts is added up where the first of them lies."""
-
-        def submit(actor: Any, span: Range) -> tuple[ray.ObjectRef, ray.ObjectRef]:
-            references = [sums[part].reference for part in groups[span]]
-            call: tuple[ray.ObjectRef, ray.ObjectRef] = actor.combine.options(num_returns=2).remote(
-                span, groups[span], references
-            )
-            return call
-
-        homes = {span: sums[parts[0]].node for span, parts in groups.items() if len(parts) > 1}
-        ledger = Ledger(f"step {plan.step}, combining", homes, divisible=False)
-        return Work(plan, theta, ledger, submit, self._paces["combining"], homes=homes)
 
     def _with_again(
         self, plan: Plan, theta: ray.ObjectRef, sums: dict[Range, Result], lost: list[Range]
     ) -> dict[Range, Result]:
-        """Sums of which some were lost: these are computed again, by as many adapters as there are."""
+        """Sums of which some were lost: these are computed again, in ranges as they are handed out."""
         self.counters.chunks_recomputed += sum(span.stop - span.start for span in lost)
         missing = combining.as_handed_out(lost, plan.ranges(len(self._free())))
         kept = {span: result for span, result in sums.items() if span not in lost}
-        return kept | self._computed(self._sums(plan, theta, missing))
+        return kept | self._complete_and_count(self._sums(plan, theta, missing))
 
     def _per_adapter(self, work: Work) -> Seconds:
         adapters = max(1, self.num_adapters)
         return Seconds(*(total / adapters for total in work.receipt.seconds))
 
-    def _computed(self, work: Work) -> dict[Range, Result]:
-        """As `_complete`, with what was computed again or twice counted."""
+    def _complete_and_count(self, work: Work) -> dict[Range, Result]:
+        """As `_complete`, for work whose chunks count where they are computed again or twice."""
         results = self._complete(work)
         self.counters.chunks_recomputed += work.ledger.chunks_lost
         self.counters.chunks_given_twice += work.chunks_given_twice
         return results
 
     def _complete(self, work: Work) -> dict[Range, Result]:
-        """Hands out the ranges until all are done; gives where each result lies. Raises SumsLost where one needs them.
+        """Hands out the ranges until all are done or given up; gives where each result lies.
 
         Calls left over from a plan that was given up only come first in their actors' queues.
         """
@@ -267,7 +252,7 @@ class RayExecutor:
                 raise InterruptedRun("interrupted while no adapter was alive")
             starting = {slot.starting: slot for slot in self._slots if slot.starting is not None}
             waiting = [*calls, *starting, *self._overdue]
-            for reference in _ready(waiting):
+            for reference in ready(waiting, POLL_S):
                 if reference in starting:
                     self._admit(starting[reference])
                     continue
@@ -278,7 +263,7 @@ class RayExecutor:
                 try:
                     receipt = ray.get(reference)
                 except DEATHS:
-                    ledger.lost(call.actor)
+                    work.died(call)
                     self._replace(call.slot, call.actor)
                 except ObjectLostError as error:
                     # Only the published theta is passed in; the learner can publish it again.
@@ -286,19 +271,18 @@ class RayExecutor:
                 except RayTaskError as error:
                     cause = cause_of(error)
                     if isinstance(cause, SumsLost):
-                        self._overdue |= calls
-                        raise cause from None
-                    ledger.failed(call.span, cause)
+                        work.missed(call, *cause.args)
+                    else:
+                        ledger.failed(call.span, cause)
                 else:
                     work.done(call, receipt)
         self._overdue |= calls
         return work.results
 
     def _free(self) -> list[Slot]:
-        """Adapters that are ready and owe nothing from an earlier plan; those of a node get neighbouring ranges."""
+        """Adapters that are ready and owe nothing from an earlier plan."""
         owing = {call.slot for call in self._overdue.values()}
-        free = [slot for slot in self._slots if slot.starting is None and slot not in owing]
-        return sorted(free, key=lambda slot: slot.node or "")
+        return [slot for slot in self._slots if slot.starting is None and slot not in owing]
 
     def _come_back(self, reference: ray.ObjectRef) -> None:
         """A call that another adapter has answered comes to its end: its result is dropped, its adapter is free."""
@@ -320,7 +304,7 @@ class RayExecutor:
             if call.answered_elsewhere is not None:
                 silent = now - call.answered_elsewhere > timeout
             else:
-                allowed = work.pace.deadline_s(call.span) + max(timeout, self._scaling.start_timeout_s)
+                allowed = work.deadline_s(call.span) + max(timeout, self._scaling.start_timeout_s)
                 silent = work.pace.is_known and now - call.since > allowed
             if silent and not call.given_up:
                 call.given_up = True
@@ -403,12 +387,3 @@ class RayExecutor:
             return
         fresh = self._new_slot()
         slot.actor, slot.starting, slot.node = fresh.actor, fresh.starting, None
-
-
-def _ready(waiting: list[ray.ObjectRef]) -> list[ray.ObjectRef]:
-    """All that are there by the time that one of them is: none where that takes longer than POLL_S."""
-    first, rest = ray.wait(waiting, num_returns=1, timeout=POLL_S)
-    if not first or not rest:
-        return first
-    more, _ = ray.wait(rest, num_returns=len(rest), timeout=0)
-    return first + more

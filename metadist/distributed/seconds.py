@@ -11,7 +11,7 @@ class Seconds(NamedTuple):
     adapting: float = 0.0
     """Mean over the adapters: inner loops and meta-gradients."""
     reducing: float = 0.0
-    """The learner's sums over ranges, and the mean over the adapters of what they combine for it."""
+    """The learner's sums over ranges, and the mean over the adapters of what they combine for it, fetching included."""
     stepping: float = 0.0
     """The learner's clipping and optimizer."""
 

@@ -1,6 +1,7 @@
 """A plan under way on Ray: which adapter has which call, which calls are late, and where results lie."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -66,6 +67,12 @@ class Work:
     """Of all adapters together."""
     homes: Mapping[Range, str | None] = field(default_factory=dict)
     """Nodes on which a range is best worked on; those that are left out may go anywhere."""
+    sizes: Mapping[Range, int] = field(default_factory=dict)
+    """What the time that a range takes goes by, where that is not its number of chunks."""
+    lost: set[Range] = field(default_factory=set)
+    """What a range needed and was gone; the range is then given up."""
+    shunned: set[str | None] = field(default_factory=set)
+    """Nodes on which an adapter has died: where others are free, these get what it leaves."""
     chunks_given_twice: int = 0
     _looked: float = 0.0
 
@@ -78,7 +85,7 @@ class Work:
         """Gives every free slot without a range of this plan the next one that is open, or else one that is late."""
         busy = {call.slot for call in self.calls.values()}
         late = self._late()
-        for slot in self._nearest([slot for slot in free if slot not in busy]):
+        for slot in self._in_order([slot for slot in free if slot not in busy]):
             span = self.ledger.submit(slot.actor)
             if span is None:
                 if not late:
@@ -89,17 +96,33 @@ class Work:
             receipt, result = self.submit(slot.actor, span)
             self.calls[receipt] = Call(slot, slot.actor, span, Result(result, slot.node))
 
-    def _nearest(self, idle: list[Slot]) -> list[Slot]:
-        """In the order of the open ranges: for each an adapter at its home if there is one, else the next one."""
+    def _in_order(self, idle: list[Slot]) -> list[Slot]:
+        """In the order of the open ranges: for each an adapter at its home, else one of a node that has lost none.
+
+        Ranges without a home go to as many adapters of each node as of any other, neighbouring ones to one node.
+        """
+        wanted = len(self.ledger.open)
+        idle = sorted(idle, key=lambda slot: slot.node in self.shunned)
         if not self.homes:
-            return idle
+            return idle if self.shunned else _evenly(idle, wanted)
         chosen: list[Slot] = []
         for span in list(self.ledger.open)[: len(idle)]:
             home = self.homes.get(span)
-            slot = next((slot for slot in idle if slot.node == home), idle[0])
+            at_home = (slot for slot in idle if slot.node == home and home not in self.shunned)
+            slot = next(at_home, idle[0])
             idle.remove(slot)
             chosen.append(slot)
         return chosen + idle
+
+    def died(self, call: Call) -> None:
+        """The call's adapter is dead: all that it had and no other one has is open again."""
+        self.ledger.lost(call.actor)
+        self.shunned.add(call.result.node)
+
+    def missed(self, call: Call, lost: Iterable[Range]) -> None:
+        """What the call's range is made of is gone in part: the range is given up, unless somebody has made it."""
+        if self.ledger.done(call.span):
+            self.lost.update(lost)
 
     def done(self, call: Call, receipt: Receipt) -> None:
         """Takes the first answer for a range, and drops any other."""
@@ -107,10 +130,17 @@ class Work:
             return
         self.results[call.span] = call.result
         self.receipt += receipt
-        self.pace.note(call.span, sum(receipt.seconds))
+        self.pace.note(self._size(call.span), sum(receipt.seconds))
         for other in self.calls.values():
             if other.span == call.span:
                 other.answered_elsewhere = time.monotonic()
+
+    def deadline_s(self, span: Range) -> float:
+        """How long a call for a range may take until it is late."""
+        return self.pace.deadline_s(self._size(span))
+
+    def _size(self, span: Range) -> int:
+        return self.sizes.get(span, span.stop - span.start)
 
     def _late(self) -> list[Range]:
         """Ranges whose last call is out for too long, the longest first; looked for every LOOK_EVERY_S."""
@@ -120,5 +150,25 @@ class Work:
         self._looked = now
         # When each range that is out was given to somebody for the last time.
         given = {call.span: call.since for call in sorted(self.calls.values(), key=lambda call: call.since)}
-        late = [span for span, since in given.items() if now - since > self.pace.deadline_s(span)]
+        late = [span for span, since in given.items() if now - since > self.deadline_s(span)]
         return [span for span in late if self.ledger.is_out(span)]
+
+
+def _evenly(idle: list[Slot], wanted: int) -> list[Slot]:
+    """First `wanted` of them, as many of each node as of any other and those of a node together; then the rest."""
+    seen: Counter[str | None] = Counter()
+    turns = []
+    for slot in idle:
+        turns.append(seen[slot.node])
+        seen[slot.node] += 1
+    ranked = [slot for _, slot in sorted(zip(turns, idle, strict=True), key=lambda pair: pair[0])]
+    return sorted(ranked[:wanted], key=lambda slot: slot.node or "") + ranked[wanted:]
+
+
+def ready(waiting: list[ray.ObjectRef], timeout_s: float) -> list[ray.ObjectRef]:
+    """All answers that are there by the time that one of them is: none where that takes longer."""
+    first, rest = ray.wait(waiting, num_returns=1, timeout=timeout_s)
+    if not first or not rest:
+        return first
+    more, _ = ray.wait(rest, num_returns=len(rest), timeout=0)
+    return first + more

@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 from metadist.core.plan import Plan, Range
 from metadist.core.reduction import reduce_tree
 from metadist.distributed import combining
-from metadist.distributed.actors import AdapterActor, SumsLost, fetched
+from metadist.distributed.actors import AdapterActor, LearnerActor, SumsLost, fetched
 from metadist.distributed.combining import as_handed_out, next_level
+from metadist.distributed.ledger import Ledger
+from metadist.distributed.pace import ENOUGH, FACTOR, Pace
+from metadist.distributed.receipt import Receipt
 from metadist.distributed.remote_learner import RemoteLearner
-from metadist.distributed.work import Result, Slot
+from metadist.distributed.work import Call, Slot, Work
 from tests.distributed.test_same_bits import bits, fit, sinusoid
 
 
@@ -159,22 +162,94 @@ def test_it_names_each_range_that_is_gone(local_ray: None, monkeypatch: pytest.M
     assert raised.value.args == ([Range(1, 2)],)
 
 
-def test_a_range_goes_to_an_adapter_where_its_parts_lie_and_elsewhere_where_there_is_none() -> None:
-    from metadist.distributed.ledger import Ledger
-    from metadist.distributed.pace import Pace
-    from metadist.distributed.work import Work
+@pytest.mark.ray
+def test_what_the_learner_misses_is_computed_again_and_combined_again(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker = tmp_path / "one_was_missed"
 
-    given_to: dict[Range, str] = {}
+    class Misses(LearnerActor):
+        def step(self, plan: Plan, spans: list[Range], sums: list[Any]) -> Any:
+            if plan.step == 5 and not marker.exists():
+                marker.touch()
+                raise SumsLost(spans)
+            return super().step(plan, spans, sums)
 
-    def submit(actor: Any, span: Range) -> Any:
-        given_to[span] = actor
+    alone = fit(sinusoid(tmp_path), 0, "alone")
+    numbers = taken(monkeypatch)
+    monkeypatch.setattr("metadist.distributed.remote_learner.LearnerActor", Misses)
+    result = fit(sinusoid(tmp_path), 2, "missed")
+    assert (bits(result), result.chunks_recomputed) == (bits(alone), 7)
+    assert numbers == [1] * 13
+
+
+class Handed:
+    """Work on three ranges without Ray: keeps who was given which."""
+
+    SPANS = (Range(0, 8), Range(8, 16), Range(16, 24))
+
+    def __init__(self, **of_work: Any) -> None:
+        self.to: dict[Range, str] = {}
+        ledger = Ledger("step 0", self.SPANS)
+        self.work = Work(plan_of(24), None, ledger, self._submit, Pace(1.0), **of_work)  # type: ignore[arg-type]
+
+    def _submit(self, actor: Any, span: Range) -> Any:
+        self.to[span] = actor
         return f"receipt {span}", f"result {span}"
 
-    spans = [Range(0, 8), Range(8, 16), Range(16, 24)]
-    homes = dict(zip(spans, ("b", "c", "gone"), strict=True))
-    work = Work(plan_of(24), None, Ledger("step 0", spans), submit, Pace(1.0), homes=homes)  # type: ignore[arg-type]
-    work.hand_out([Slot(name, None, node=name[0]) for name in ("a1", "a2", "b1", "c1", "c2")])
-    assert given_to == dict(zip(spans, ("b1", "c1", "a1"), strict=True))
-    assert {call.span: call.result for call in work.calls.values()} == {
-        span: Result(f"result {span}", node) for span, node in zip(spans, "bca", strict=True)
-    }
+    def call(self, span: Range) -> Call:
+        (call,) = [call for call in self.work.calls.values() if call.span == span]
+        return call
+
+
+def slots(*names: str) -> list[Slot]:
+    """Adapters on the nodes of their names' first letters."""
+    return [Slot(name, None, node=name[0]) for name in names]
+
+
+def test_a_range_goes_to_an_adapter_where_its_parts_lie_and_elsewhere_where_there_is_none() -> None:
+    handed = Handed(homes=dict(zip(Handed.SPANS, ("b", "c", "gone"), strict=True)))
+    handed.work.hand_out(slots("a1", "a2", "b1", "c1", "c2"))
+    assert handed.to == dict(zip(Handed.SPANS, ("b1", "c1", "a1"), strict=True))
+    assert [handed.call(span).result.node for span in Handed.SPANS] == ["b", "c", "a"]
+
+
+def test_what_a_dead_adapter_had_goes_to_another_node_whose_adapters_may_live() -> None:
+    there = slots(*(f"b{number}" for number in range(8)), "c1")
+    handed = Handed(homes=dict.fromkeys(Handed.SPANS, "b"))
+    handed.work.hand_out(there[:4])
+    call = handed.call(Range(0, 8))
+    assert call.result.node == "b"
+    del handed.work.calls[f"receipt {call.span}"]  # type: ignore[arg-type]
+    handed.work.died(call)
+    handed.work.hand_out(there)
+    assert handed.to[Range(0, 8)] == "c1"
+
+
+def test_a_range_whose_parts_are_gone_is_given_up_unless_another_adapter_has_made_it() -> None:
+    handed = Handed()
+    handed.work.hand_out(slots("a", "b", "c"))
+    handed.work.missed(handed.call(Range(0, 8)), [Range(0, 4)])
+    handed.work.done(handed.call(Range(8, 16)), Receipt())
+    handed.work.missed(handed.call(Range(8, 16)), [Range(8, 12)])
+    handed.work.missed(handed.call(Range(16, 24)), [Range(20, 24)])
+    assert handed.work.ledger.complete
+    assert (set(handed.work.results), handed.work.lost) == ({Range(8, 16)}, {Range(0, 4), Range(20, 24)})
+
+
+def test_fewer_ranges_than_adapters_go_to_as_many_nodes_as_there_are() -> None:
+    handed = Handed()
+    handed.work.hand_out(slots("a1", "a2", "b1", "b2", "c1", "c2"))
+    assert list(handed.to.values()) == ["a1", "b1", "c1"]
+    # With as many as there are adapters, neighbours share a node.
+    handed = Handed()
+    handed.work.hand_out(slots("a1", "b1", "a2"))
+    assert list(handed.to.values()) == ["a1", "a2", "b1"]
+
+
+def test_combining_is_timed_by_the_number_of_parts() -> None:
+    handed = Handed(sizes=dict.fromkeys(Handed.SPANS, 2))
+    handed.work.hand_out(slots("a"))
+    for _ in range(ENOUGH):
+        handed.work.pace.note(1, 1.0)
+    assert handed.work.deadline_s(Range(0, 8)) == 2 * FACTOR

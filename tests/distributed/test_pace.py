@@ -2,10 +2,9 @@
 
 import pytest
 
-from metadist.core.plan import Range
 from metadist.distributed.pace import ENOUGH, FACTOR, FLOOR_S, HISTORY, Pace
 
-ONE, FOUR = Range(0, 1), Range(4, 8)
+ONE, FOUR = 1, 4
 
 
 def paced(*seconds, unknown_s=120.0):
