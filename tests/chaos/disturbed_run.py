@@ -67,6 +67,8 @@ class Report:
     equal_bits: bool
     recoveries: dict[str, tuple[int, float, float]]
     """How many, median and worst, in seconds."""
+    slow: list[str]
+    """What the adapters were doing where chunks took more than a second to be with another."""
 
     def tables(self) -> list[Table]:
         counts = Table("what", "count", title=f"{sum(self.injected.values())} faults in {self.steps} steps")
@@ -83,7 +85,10 @@ class Report:
         times = Table("recovery", "times", "median", "worst")
         for name, (count, median, worst) in self.recoveries.items():
             times.add_row(name, str(count), f"{median:.2f} s", f"{worst:.2f} s")
-        return [counts, times]
+        slow = Table("over a second: what the adapters were doing at the loss, and when the chunks were given again")
+        for line in self.slow:
+            slow.add_row(line)
+        return [counts, times, *([slow] if self.slow else [])]
 
 
 @contextmanager
@@ -141,6 +146,7 @@ def disturb(steps: int, faults: int, seed: int, console: Console) -> Report:
             recoveries={
                 name: (len(times), statistics.median(times), max(times)) for name, times in monkey.recoveries.items()
             },
+            slow=monkey.slow,
         )
 
 

@@ -10,6 +10,7 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,17 @@ BREATH_S = 1.0
 LONGEST_BREATH_S = 16.0
 """Where a fault is due and there is no occasion for it, the next step is put off; up to twice as long each time."""
 FAILURES_OF_STORAGE = 3
+SLOW_S = 1.0
+
+
+@dataclass
+class Loss:
+    """An adapter that was hurt, until somebody else has its chunks."""
+
+    kind: str
+    since: float
+    others: str
+    """What the adapters were doing then."""
 
 
 class Monkey(Callback):
@@ -50,8 +62,8 @@ class Monkey(Callback):
         self._lost_slots: dict[Slot, float] = {}
         self._stalled_until: dict[Slot, float] = {}
         self._asked_for: dict[Slot, float] = {}
-        self._lost_actors: dict[Any, tuple[str, float]] = {}
-        self._waiting: dict[tuple[Ledger, Range], tuple[str, float]] = {}
+        self._lost_actors: dict[Any, Loss] = {}
+        self._waiting: dict[tuple[Ledger, Range], Loss] = {}
         self._run_dir = Path()
         self._last_checkpoint = 0
         self.injected: Counter[str] = Counter()
@@ -61,6 +73,8 @@ class Monkey(Callback):
         self.other_rollbacks: list[str] = []
         """Steps that were rolled back though no learner was killed, nor looked hung."""
         self.recoveries: dict[str, list[float]] = defaultdict(list)
+        self.slow: list[str] = []
+        """What the adapters were doing where chunks took more than SLOW_S to be with another."""
 
     @property
     def left(self) -> list[str]:
@@ -89,8 +103,8 @@ class Monkey(Callback):
             """The driver sees to what was hurt from now on, or goes on to: what this took itself is no recovery."""
             return min(since + now - began, now)
 
-        for actor, (kind, since) in self._lost_actors.items():
-            self._lost_actors[actor] = kind, began_later(since)
+        for loss in self._lost_actors.values():
+            loss.since = began_later(loss.since)
         for slot, since in self._lost_slots.items():
             if self._asked_for.get(slot, 0.0) < since:
                 self._lost_slots[slot] = began_later(since)
@@ -197,7 +211,7 @@ class Monkey(Callback):
     def _note(self, kind: str, slots: list[Slot]) -> None:
         for slot in slots:
             self._lost_slots[slot] = time.monotonic()
-            self._lost_actors[slot.actor] = kind, time.monotonic()
+            self._lost_actors[slot.actor] = Loss(kind, time.monotonic(), self._scene())
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -231,19 +245,32 @@ class Monkey(Callback):
             self._away.remove(what)
             self._away_until = time.monotonic()
 
-    def _chunks_are_elsewhere(self, kind: str, since: float) -> None:
-        alone = not self._away and self._away_until < since
+    def _chunks_are_elsewhere(self, loss: Loss) -> None:
+        alone = not self._away and self._away_until < loss.since
         too = "" if alone else ", while the learner or the storage was away too"
-        self.recoveries[f"{kind}: its chunks are with another{too}"].append(time.monotonic() - since)
+        took = time.monotonic() - loss.since
+        self.recoveries[f"{loss.kind}: its chunks are with another{too}"].append(took)
+        if took > SLOW_S:
+            self.slow.append(f"{loss.kind}, step {self._at}, {took:.2f} s{too}: {loss.others}; then {self._scene()}")
+
+    def _scene(self) -> str:
+        """What each adapter is doing."""
+        assert self._executor is not None
+        free, now, states = self._executor._free(), time.monotonic(), []
+        for slot in self._executor._slots:
+            state = "starting" if slot.starting is not None else "free" if slot in free else "owes an older call"
+            state += ", lost" * (slot in self._lost_slots) + ", stalled" * (self._stalled_until.get(slot, now) > now)
+            states.append(f"{(slot.node or '?')[:4]} {state}")
+        return " | ".join(states)
 
     def _after_submit(self, span: Range | None, ledger: Ledger, actor: Any) -> None:
         if span is not None and (lost := self._waiting.pop((ledger, span), None)) is not None:
-            self._chunks_are_elsewhere(*lost)
+            self._chunks_are_elsewhere(lost)
 
     def _after_submit_again(self, result: None, ledger: Ledger, span: Range, actor: Any) -> None:
         for holder in ledger._submitted[span]:
             if holder in self._lost_actors:
-                self._chunks_are_elsewhere(*self._lost_actors.pop(holder))
+                self._chunks_are_elsewhere(self._lost_actors.pop(holder))
 
     def _after_replace(self, result: None, executor: RayExecutor, slot: Slot, dead: Any) -> None:
         self._asked_for[slot] = time.monotonic()
