@@ -300,13 +300,14 @@ class RayExecutor:
         if now - self._looked < POLL_S:
             return
         self._looked = now
-        for call in [*work.calls.values(), *self._overdue.values()]:
+        for reference, call in [*work.calls.items(), *self._overdue.items()]:
             if call.answered_elsewhere is not None:
                 silent = now - call.answered_elsewhere > timeout
             else:
                 allowed = work.deadline_s(call.span) + max(timeout, self._scaling.start_timeout_s)
                 silent = work.pace.is_known and now - call.since > allowed
-            if silent and not call.given_up:
+            # Where this process was held up itself, the answer may have been there for long.
+            if silent and not call.given_up and not ready([reference], 0):
                 call.given_up = True
                 self._notify(f"An adapter has been silent for {now - call.since:.0f} s: it is ended and replaced.")
                 # Its calls then come to their end as those of any other dead one.

@@ -72,6 +72,28 @@ class Sleeps:
 
 
 @dataclass(frozen=True)
+class Pauses:
+    """Sinusoids; whoever first samples a task of `step` takes `seconds` longer, once."""
+
+    step: int
+    seconds: float
+    marker: Path
+
+    @property
+    def spec(self) -> EpisodeSpec:
+        return SINUSOIDS.spec
+
+    def sample(self, keys: Sequence[TaskKey]) -> EpisodeBatch:
+        if keys[0].step == self.step and keys[0].split == "train":
+            try:
+                self.marker.touch(exist_ok=False)
+            except FileExistsError:
+                return SINUSOIDS.sample(keys)
+            time.sleep(self.seconds)
+        return SINUSOIDS.sample(keys)
+
+
+@dataclass(frozen=True)
 class Raises:
     """Sinusoids, but tasks of `step` raise."""
 

@@ -25,7 +25,7 @@ from metadist.sections import ScalingSettings
 from metadist.tasks import Sinusoid
 from metadist.tasks.class_pool import PoolRow, write_pool
 from metadist.training import Result
-from tests.distributed.faulty import KillsItsAdapter, Raises, Sleeps, processes_named
+from tests.distributed.faulty import KillsItsAdapter, Pauses, Raises, Sleeps, processes_named
 from tests.poisoned import Poisoned
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -192,6 +192,26 @@ def test_an_adapter_twenty_times_slower_and_one_that_hangs_cost_no_bit(
     assert "silent for" in capsys.readouterr().err
     assert bits(disturbed)[:2] == bits(undisturbed)[:2]
     assert bits(disturbed)[4] == bits(undisturbed)[4]
+
+
+def test_an_adapter_is_not_ended_as_silent_where_the_driver_itself_was_held_up(local_ray: None, tmp_path: Path) -> None:
+    class HeldUp(Callback):
+        """The step's late ranges have been given to another adapter by then, and the driver does not look."""
+
+        def on_step(self, step: int, metrics: dict[str, float], status: object) -> None:
+            if step == 20:
+                time.sleep(4)
+
+    # Its pace is known by then: a call is late after half a second.
+    source, faults = Pauses(step=19, seconds=2.0, marker=tmp_path / "one_paused"), Faults()
+    result = MetaTrainer(
+        dataclasses.replace(sinusoid(tmp_path, steps=30), task=source),
+        scaling_config=ScalingSettings(num_workers=2, hung_timeout_s=2.5),
+        callbacks=[HeldUp(), faults],
+    ).fit()
+    assert source.marker.exists()
+    assert result.chunks_given_twice > 0
+    assert (faults.told, result.adapters_lost) == ([], 0)
 
 
 def test_an_adapter_that_computes_other_bits_is_refused_and_only_missed_where_it_is_needed(
