@@ -18,9 +18,9 @@ from benchmarks.inner_loop_cases import CASES
 from benchmarks.light_adapter import LightAdapter
 from metadist.algorithms import MAML
 from metadist.config import Config
-from metadist.core.plan import plan_step
+from metadist.core.plan import Range, plan_step
 from metadist.distributed.ray_executor import RayExecutor
-from metadist.distributed.work import Slot
+from metadist.distributed.work import Result, Slot, Work
 from metadist.experiment import Experiment, make_experiment
 from metadist.sections import ScalingSettings, TrainingSettings
 
@@ -49,9 +49,9 @@ class _LightExecutor(RayExecutor):
         self.combining_s = time.perf_counter() - began
         return combined
 
-    def _combination(self, *arguments: Any) -> Any:
-        self.levels += 1
-        return super()._combination(*arguments)
+    def _complete(self, work: Work) -> dict[Range, Result]:
+        self.levels += bool(work.homes)
+        return super()._complete(work)
 
 
 def measure(model: str, adapters: int, adapter_s: float, steps: int, lag: int) -> dict[str, Any]:
