@@ -21,13 +21,13 @@ class IMAML(GradientBased):
     """iMAML (Rajeswaran et al. 2019, arXiv:1909.04630, Alg. 1 and 2, eq. 4 and 6).
 
     Inner loop:  phi* = argmin over phi of L_support(phi) + lambda / 2 |phi - theta|^2, by `inner_steps` steps
-    Outer loop:  meta-gradient = (I + H / lambda)^-1 grad L_query(phi), H the Hessian of L_support at phi,
-                 by `cg_steps` conjugate-gradient steps from 0 with Hessian-vector products
+    Outer loop:  meta-gradient = (I + H / (lambda + damping))^-1 grad L_query(phi), H the Hessian of L_support
+                 at phi, by `cg_steps` conjugate-gradient steps from 0 with Hessian-vector products
 
-    Memory does not grow with inner steps. The meta-gradient is exact where phi is phi* and conjugate
-    gradients have converged. What does not adapt (w, where `adapt` leaves some out) gets the total
-    derivative by the implicit function theorem: dL_query/dw - d2L_support/(dw dphi) x / lambda, with x
-    the meta-gradient of what adapts.
+    Memory does not grow with inner steps. The meta-gradient is exact where phi is phi*, `damping` is 0 and
+    conjugate gradients have converged. What does not adapt (w, where `adapt` leaves some out) gets the total
+    derivative by the implicit function theorem: dL_query/dw - d2L_support/(dw dphi) x / (lambda + damping), with
+    x the meta-gradient of what adapts.
 
     The authors' code differs from their paper and from this: it steps on L_support alone and once
     towards theta at the end, solves (2 I + H / (lambda + 10)) x = grad L_query, and tests with lambda 0.
@@ -37,6 +37,9 @@ class IMAML(GradientBased):
     """The paper's lambda: how strongly phi is held near theta, at test as well."""
     cg_steps: Annotated[int, Field(ge=1)] = 5
     """Conjugate-gradient steps; as many as the Hessian has distinct eigenvalues solve exactly."""
+    damping: Annotated[float, Field(ge=0)] = 0.0
+    """Added to lambda in the outer loop alone; 0 in the paper, 10 in the authors' code. Where the support loss is not
+    convex, I + H / lambda need not be positive definite, and a few conjugate-gradient steps then solve nothing."""
 
     # Nothing is differentiated through the inner loop, so these are no settings here.
     order: ClassVar[Literal["first"]] = "first"  # type: ignore[misc]
@@ -66,6 +69,7 @@ class IMAML(GradientBased):
 
             return layout.flatten(torch.func.grad(loss)({name: params[name] for name in adapted}))
 
+        held = self.regularisation + self.damping
         direct, (loss, outputs) = torch.func.grad(query_loss, has_aux=True)(solution)
 
         def second_derivatives(vector: Tensor) -> Params:
@@ -74,11 +78,11 @@ class IMAML(GradientBased):
             return along
 
         def multiply(vector: Tensor) -> Tensor:
-            return vector + layout.flatten(second_derivatives(vector)) / self.regularisation
+            return vector + layout.flatten(second_derivatives(vector)) / held
 
         x = conjugate_gradients(multiply, layout.flatten(direct), self.cg_steps)
         mixed = second_derivatives(x)
-        rest = {name: direct[name] - mixed[name] / self.regularisation for name in meta if name not in adapted}
+        rest = {name: direct[name] - mixed[name] / held for name in meta if name not in adapted}
         return rest | layout.unflatten(x), Outcome(path, loss, outputs)
 
     def _path(self, network: Network, meta: Params, support: Examples) -> list[Params]:

@@ -14,6 +14,7 @@ NOT_HERE = ("order", "learn_inner_lr", "checkpoint_inner_steps")
 VARIATIONS = {name: value for name, value in GRADIENT_BASED.items() if name not in NOT_HERE} | {
     "regularisation": 1.0,
     "cg_steps": 2,
+    "damping": 10.0,
 }
 
 
@@ -83,9 +84,10 @@ def test_implicit_gradient_is_that_of_finite_differences_of_the_solved_inner_pro
     assert relative_error(problem.sums(batch).gradient, np.array(found)) < 1e-6
 
 
-def test_at_an_inexact_solution_it_is_the_dense_linear_solve_of_eq_6():
-    # Batch norm, max-pool, cross entropy, two steps of Adam: whatever phi is, x solves (I + H / lambda) x = g.
-    problem, batch = images(make(inner_steps=2, inner_optimizer="adam", cg_steps=80))
+@pytest.mark.parametrize(("damping", "cg_steps"), [(0.0, 80), (10.0, 20)])
+def test_at_an_inexact_solution_it_is_the_dense_linear_solve_of_eq_6(damping, cg_steps):
+    # Batch norm, max-pool, cross entropy, two steps of Adam: whatever phi is, x solves (I + H / held) x = g.
+    problem, batch = images(make(inner_steps=2, inner_optimizer="adam", cg_steps=cg_steps, damping=damping))
     network = problem.network.bind(problem.statistics, training=True)
     layout, algorithm = problem.layout, problem.algorithm
     expected = torch.zeros_like(problem.theta)
@@ -95,7 +97,7 @@ def test_at_an_inexact_solution_it_is_the_dense_linear_solve_of_eq_6():
         hessian = torch.autograd.functional.hessian(lambda v, s=support: network.loss(layout.unflatten(v), s), phi)
         leaf = phi.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(network.loss(layout.unflatten(leaf), query), leaf)
-        expected += torch.linalg.solve(torch.eye(len(phi), dtype=torch.float64) + hessian / 2, gradient)
+        expected += torch.linalg.solve(torch.eye(len(phi), dtype=torch.float64) + hessian / (2 + damping), gradient)
     for strategy in ("loop", "vmap"):
         assert relative_error(problem.sums(batch, strategy=strategy).gradient, expected) < 1e-6
 
