@@ -2,11 +2,12 @@
 
 A model of one step, fitted to what `--light` measured on this machine (`control_plane.py`) and to how fast it adds:
 
-    T(N) = A + D0 + D1 N + broadcast + near + far + learner
-    broadcast = ceil(log2(M + 1)) S / B           theta to M nodes, each of which passes it on
-    near      = ceil(log8 P) L + (P - 1) S / R    sums of a node's P adapters, added where they lie
-    far       = ceil(log2 M) (L + S / B + S / R)  from node to node, two at a time
-    learner   = S / B + s S
+    T(N) = A + D0 + D1 N + broadcast + combining + learner
+    broadcast = ceil(log2(M + 1)) S / B        theta to M nodes, each of which passes it on
+    combining = a level after another, until the learner can take the sums that are left, n:
+                L + k S / R                    up to 8 sums of a node, added where they lie
+                L + S / B + S / R              then from node to node, two at a time
+    learner   = n S / B + n S / R + s S
 
 N adapters on M = N / P nodes; A seconds of adapting a step; S bytes of theta, as large as a sum; B bytes a second of
 each node's link. Fitted: D0 + D1 N, the driver's processor time a step; L, what a level takes beyond adding; R, bytes
@@ -29,6 +30,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from metadist.distributed.combining import FAR, LEARNER_TAKES_BYTES, NEAR
+
 ADAPTERS_A_NODE = 8
 LINKS = {"10 Gb/s": 10e9 / 8, "100 Gb/s": 100e9 / 8}
 ADAPTING_S = (0.05, 0.25, 1.0)
@@ -46,15 +49,17 @@ class CostModel:
 
     def step_s(self, adapters: int, adapting_s: float, theta_bytes: float, link: float) -> float:
         """T(N)."""
-        on_a_node = min(adapters, ADAPTERS_A_NODE)
         nodes = math.ceil(adapters / ADAPTERS_A_NODE)
         send, add = theta_bytes / link, theta_bytes / self.added_bytes_per_s
+        sums, on_a_node, combining = adapters, min(adapters, ADAPTERS_A_NODE), 0.0
+        while sums > 1 and sums * theta_bytes > LEARNER_TAKES_BYTES:
+            together = min(NEAR[0], on_a_node) if on_a_node > 1 else FAR
+            combining += self.level_s + (together * add if on_a_node > 1 else send + add)
+            sums, on_a_node = math.ceil(sums / together), math.ceil(on_a_node / together)
         broadcast = math.ceil(math.log2(nodes + 1)) * send
-        near = math.ceil(math.log(on_a_node, 8)) * self.level_s + (on_a_node - 1) * add
-        far = math.ceil(math.log2(nodes)) * (self.level_s + send + add)
-        learner = send + self.learner_s_a_byte * theta_bytes
+        learner = sums * (send + add) + self.learner_s_a_byte * theta_bytes
         driver = self.driver_s + self.driver_s_an_adapter * adapters
-        return adapting_s + driver + broadcast + near + far + learner
+        return adapting_s + driver + broadcast + combining + learner
 
     def efficiency(self, adapters: int, adapting_s: float, theta_bytes: float, link: float) -> float:
         return adapting_s / self.step_s(adapters, adapting_s, theta_bytes, link)
@@ -120,7 +125,7 @@ def predict(measured: Sequence[dict[str, Any]], picture: Path, console: Console)
 
 
 def _draw(model: CostModel, sizes: dict[str, float], measured: Sequence[dict[str, Any]], picture: Path) -> None:
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
     numbers = [1, 2, 4, *(8 * 2**power for power in range(8))]
     for axes, (name, size) in zip(
         figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0], sizes.items(), strict=True
@@ -143,6 +148,7 @@ def _draw(model: CostModel, sizes: dict[str, float], measured: Sequence[dict[str
         axes.set_ylim(0, 102)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("efficiency, %")
-    figure.axes[0].legend(fontsize=7, loc="lower left")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=7, ncols=4, loc="outside lower center")
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=130)
