@@ -29,8 +29,8 @@ class IMAML(GradientBased):
     derivative by the implicit function theorem: dL_query/dw - d2L_support/(dw dphi) x / (lambda + damping), with
     x the meta-gradient of what adapts.
 
-    The authors' code differs from their paper and from this: it steps on L_support alone and once
-    towards theta at the end, solves (2 I + H / (lambda + 10)) x = grad L_query, and tests with lambda 0.
+    The authors' code differs from their paper: it steps on L_support alone and once towards theta at the end
+    (`pull: once`), solves (2 I + H / (lambda + 10)) x = grad L_query (here without the 2), and tests with lambda 0.
     """
 
     regularisation: Annotated[float, Field(gt=0)] = 2.0
@@ -41,6 +41,10 @@ class IMAML(GradientBased):
     """Added to lambda in the outer loop alone; 0 in the paper, 10 in the authors' code. Where the support loss is not
     convex, I + H / lambda need not be positive definite, and a few conjugate-gradient steps then solve nothing."""
 
+    pull: Literal["every_step", "once"] = "every_step"
+    """When phi is held near theta: in every inner step, which solves the paper's inner problem; or, as in the authors'
+    code, in one more step after the others, while meta-training alone."""
+
     # Nothing is differentiated through the inner loop, so these are no settings here.
     order: ClassVar[Literal["first"]] = "first"  # type: ignore[misc]
     learn_inner_lr: ClassVar[LearnedRates] = "no"  # type: ignore[misc]
@@ -48,6 +52,8 @@ class IMAML(GradientBased):
 
     def inner_loss(self, network: Network, params: Params, meta: Params, support: Examples, step: int) -> Tensor:
         loss = super().inner_loss(network, params, meta, support, step)
+        if self.pull == "once":
+            return loss
         distance = sum(((params[name] - meta[name]) ** 2).sum() for name in self.adapted(network))
         return loss + self.regularisation / 2 * distance
 
@@ -93,7 +99,15 @@ class IMAML(GradientBased):
         for step in range(self.inner_steps):
             phi, state = self.inner_step(step, network.at(step), phi, state, meta, support)
             path = [*path, meta | phi] if network.policy == "per_step" else [meta | phi]
-        return path
+        return [*path[:-1], meta | self._pulled(phi, meta)] if self.pull == "once" else path
+
+    def _pulled(self, phi: Params, meta: Params) -> Params:
+        """One inner step on lambda / 2 |phi - theta|^2 alone."""
+
+        def moved(name: str, value: Tensor) -> Tensor:
+            return value - self._rate(meta, name, self.inner_steps) * self.regularisation * (value - meta[name])
+
+        return {name: moved(name, value) for name, value in phi.items()}
 
 
 def conjugate_gradients(multiply: Callable[[Tensor], Tensor], target: Tensor, steps: int) -> Tensor:

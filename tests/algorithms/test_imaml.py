@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from metadist.algorithms import IMAML
+from metadist.algorithms import IMAML, MAML
 from metadist.algorithms.imaml import conjugate_gradients
 from metadist.core.episode import Examples
 from tests.algorithms.contracts import GRADIENT_BASED, check_algorithm, images, relative_error
@@ -15,6 +15,7 @@ VARIATIONS = {name: value for name, value in GRADIENT_BASED.items() if name not 
     "regularisation": 1.0,
     "cg_steps": 2,
     "damping": 10.0,
+    "pull": "once",
 }
 
 
@@ -84,22 +85,36 @@ def test_implicit_gradient_is_that_of_finite_differences_of_the_solved_inner_pro
     assert relative_error(problem.sums(batch).gradient, np.array(found)) < 1e-6
 
 
-@pytest.mark.parametrize(("damping", "cg_steps"), [(0.0, 80), (10.0, 20)])
-def test_at_an_inexact_solution_it_is_the_dense_linear_solve_of_eq_6(damping, cg_steps):
+@pytest.mark.parametrize(
+    ("damping", "cg_steps", "pull"), [(0.0, 80, "every_step"), (10.0, 20, "every_step"), (10.0, 20, "once")]
+)
+def test_at_an_inexact_solution_it_is_the_dense_linear_solve_of_eq_6(damping, cg_steps, pull):
     # Batch norm, max-pool, cross entropy, two steps of Adam: whatever phi is, x solves (I + H / held) x = g.
-    problem, batch = images(make(inner_steps=2, inner_optimizer="adam", cg_steps=cg_steps, damping=damping))
+    changes = {"inner_steps": 2, "inner_optimizer": "adam", "cg_steps": cg_steps, "damping": damping, "pull": pull}
+    problem, batch = images(make(**changes))
     network = problem.network.bind(problem.statistics, training=True)
     layout, algorithm = problem.layout, problem.algorithm
     expected = torch.zeros_like(problem.theta)
     for task in range(2):
         support, query = (Examples(part.x[task], part.y[task]) for part in batch)
         phi = layout.flatten(algorithm.adapt(network, layout.unflatten(problem.theta), support, 2)[-1]).detach()
+        if pull == "once":  # Rate 0.1, lambda 2; `adapt` itself, as at test, does not pull.
+            phi = phi - 0.1 * 2 * (phi - problem.theta)
         hessian = torch.autograd.functional.hessian(lambda v, s=support: network.loss(layout.unflatten(v), s), phi)
         leaf = phi.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(network.loss(layout.unflatten(leaf), query), leaf)
         expected += torch.linalg.solve(torch.eye(len(phi), dtype=torch.float64) + hessian / (2 + damping), gradient)
     for strategy in ("loop", "vmap"):
         assert relative_error(problem.sums(batch, strategy=strategy).gradient, expected) < 1e-6
+
+
+def test_pulled_once_it_adapts_on_the_support_loss_alone_as_maml_does():
+    problem, batch = images(make(pull="once"))
+    network = problem.network.bind(problem.statistics, training=False)
+    meta = problem.layout.unflatten(problem.theta)
+    support = Examples(batch.support.x[0], batch.support.y[0])
+    expected = MAML(inner_lr=0.1).adapt(network, meta, support, 3)
+    torch.testing.assert_close(problem.algorithm.adapt(network, meta, support, 3), expected, rtol=0, atol=0)
 
 
 def test_a_converged_residual_of_zero_stays_zero():
