@@ -34,13 +34,12 @@ class IMAML(GradientBased):
     """
 
     regularisation: Annotated[float, Field(gt=0)] = 2.0
-    """The paper's lambda: how strongly phi is held near theta, at test as well."""
+    """The paper's lambda: how strongly phi is held near theta; at test as well, unless `pull` is once."""
     cg_steps: Annotated[int, Field(ge=1)] = 5
     """Conjugate-gradient steps; as many as the Hessian has distinct eigenvalues solve exactly."""
     damping: Annotated[float, Field(ge=0)] = 0.0
     """Added to lambda in the outer loop alone; 0 in the paper, 10 in the authors' code. Where the support loss is not
     convex, I + H / lambda need not be positive definite, and a few conjugate-gradient steps then solve nothing."""
-
     pull: Literal["every_step", "once"] = "every_step"
     """When phi is held near theta: in every inner step, which solves the paper's inner problem; or, as in the authors'
     code, in one more step after the others, while meta-training alone."""

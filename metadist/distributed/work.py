@@ -101,10 +101,9 @@ class Work:
 
         Ranges without a home go to as many adapters of each node as of any other, neighbouring ones to one node.
         """
-        wanted = len(self.ledger.open)
         idle = sorted(idle, key=lambda slot: slot.node in self.shunned)
         if not self.homes:
-            return idle if self.shunned else _evenly(idle, wanted)
+            return idle if self.shunned else _evenly(idle, len(self.ledger.open))
         chosen: list[Slot] = []
         for span in list(self.ledger.open)[: len(idle)]:
             home = self.homes.get(span)

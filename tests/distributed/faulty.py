@@ -16,6 +16,15 @@ from metadist.tasks.sinusoid import Sinusoid
 SINUSOIDS = Sinusoid()
 
 
+def is_first(marker: Path) -> bool:
+    """Whether nobody, in any process, has asked with this marker before; makes the file."""
+    try:
+        marker.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class KillsItsAdapter:
     """Sinusoids; whoever first samples a task of `step` is killed with SIGKILL while it samples."""
@@ -30,11 +39,7 @@ class KillsItsAdapter:
         return self.source.spec
 
     def sample(self, keys: Sequence[TaskKey]) -> EpisodeBatch:
-        if keys[0].step == self.step and keys[0].split == "train":
-            try:
-                self.marker.touch(exist_ok=False)
-            except FileExistsError:
-                return self.source.sample(keys)
+        if keys[0].step == self.step and keys[0].split == "train" and is_first(self.marker):
             os.kill(os.getpid(), signal.SIGKILL)
         return self.source.sample(keys)
 
@@ -84,11 +89,7 @@ class Pauses:
         return SINUSOIDS.spec
 
     def sample(self, keys: Sequence[TaskKey]) -> EpisodeBatch:
-        if keys[0].step == self.step and keys[0].split == "train":
-            try:
-                self.marker.touch(exist_ok=False)
-            except FileExistsError:
-                return SINUSOIDS.sample(keys)
+        if keys[0].step == self.step and keys[0].split == "train" and is_first(self.marker):
             time.sleep(self.seconds)
         return SINUSOIDS.sample(keys)
 

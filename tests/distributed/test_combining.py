@@ -21,6 +21,8 @@ from metadist.distributed.pace import ENOUGH, FACTOR, Pace
 from metadist.distributed.receipt import Receipt
 from metadist.distributed.remote_learner import RemoteLearner
 from metadist.distributed.work import Call, Slot, Work
+from metadist.training import Result
+from tests.distributed.faulty import is_first
 from tests.distributed.test_same_bits import bits, fit, sinusoid
 
 
@@ -75,8 +77,12 @@ def test_lost_sums_are_divided_into_what_adapters_are_given() -> None:
     ]
 
 
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Has adapters combine whatever there is, and gives how many sums the learner took in each step."""
+def combined_as_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> tuple[Result, list[int]]:
+    """A run whose adapters combine whatever there is, and how many sums the learner took each time it was asked.
+
+    Its bits are those of one process.
+    """
+    alone = fit(sinusoid(tmp_path), 0, "alone")
     monkeypatch.setattr(combining, "LEARNER_TAKES_BYTES", 0)
     step, numbers = RemoteLearner.step, list[int]()
 
@@ -85,7 +91,9 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return step(learner, plan, sums)
 
     monkeypatch.setattr(RemoteLearner, "step", counted)
-    return numbers
+    result = fit(sinusoid(tmp_path), workers, "combined")
+    assert bits(result) == bits(alone)
+    return result, numbers
 
 
 @pytest.mark.ray
@@ -93,9 +101,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_the_learner_takes_one_sum_and_the_bits_are_those_of_one_process(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    alone = fit(sinusoid(tmp_path), 0, "alone")
-    numbers = taken(monkeypatch)
-    assert bits(fit(sinusoid(tmp_path), workers, "combined")) == bits(alone)
+    _, numbers = combined_as_alone(tmp_path, monkeypatch, workers)
     assert numbers == [1] * 12
 
 
@@ -109,18 +115,14 @@ def test_an_adapter_killed_while_it_combines_costs_no_bit(
         """The first one that combines in some step is killed. Local, so that Ray pickles the class whole."""
 
         def combine(self, span: Range, parts: list[Range], sums: list[Any]) -> Any:
-            try:
-                marker.touch(exist_ok=False)
-            except FileExistsError:
-                return super().combine(span, parts, sums)
-            os.kill(os.getpid(), signal.SIGKILL)
+            if is_first(marker):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().combine(span, parts, sums)
 
-    alone = fit(sinusoid(tmp_path), 0, "alone")
-    numbers = taken(monkeypatch)
     monkeypatch.setattr("metadist.distributed.ray_executor.AdapterActor", KilledAdapter)
-    result = fit(sinusoid(tmp_path), 2, "killed")
+    result, numbers = combined_as_alone(tmp_path, monkeypatch, 2)
     assert marker.exists()
-    assert (bits(result), result.adapters_lost, result.chunks_recomputed) == (bits(alone), 1, 0)
+    assert (result.adapters_lost, result.chunks_recomputed) == (1, 0)
     assert numbers == [1] * 12
 
 
@@ -132,17 +134,14 @@ def test_sums_that_are_lost_before_they_are_combined_are_computed_again(
 
     class Loses(AdapterActor):
         def combine(self, span: Range, parts: list[Range], sums: list[Any]) -> Any:
-            if not marker.exists():
-                marker.touch()
+            if is_first(marker):
                 raise SumsLost(parts[1:])
             return super().combine(span, parts, sums)
 
-    alone = fit(sinusoid(tmp_path), 0, "alone")
-    numbers = taken(monkeypatch)
     monkeypatch.setattr("metadist.distributed.ray_executor.AdapterActor", Loses)
-    result = fit(sinusoid(tmp_path), 2, "lost")
+    result, numbers = combined_as_alone(tmp_path, monkeypatch, 2)
     # Seven chunks: one adapter has four, the other three.
-    assert (bits(result), result.adapters_lost, result.chunks_recomputed) == (bits(alone), 0, 3)
+    assert (result.adapters_lost, result.chunks_recomputed) == (0, 3)
     assert numbers == [1] * 12
 
 
@@ -170,16 +169,13 @@ def test_what_the_learner_misses_is_computed_again_and_combined_again(
 
     class Misses(LearnerActor):
         def step(self, plan: Plan, spans: list[Range], sums: list[Any]) -> Any:
-            if plan.step == 5 and not marker.exists():
-                marker.touch()
+            if plan.step == 5 and is_first(marker):
                 raise SumsLost(spans)
             return super().step(plan, spans, sums)
 
-    alone = fit(sinusoid(tmp_path), 0, "alone")
-    numbers = taken(monkeypatch)
     monkeypatch.setattr("metadist.distributed.remote_learner.LearnerActor", Misses)
-    result = fit(sinusoid(tmp_path), 2, "missed")
-    assert (bits(result), result.chunks_recomputed) == (bits(alone), 7)
+    result, numbers = combined_as_alone(tmp_path, monkeypatch, 2)
+    assert result.chunks_recomputed == 7
     assert numbers == [1] * 13
 
 
