@@ -1,11 +1,12 @@
 """What watching for faults costs a run that has none: `python -m benchmarks.watching`.
 
-Two executors with two adapters each live side by side on one local Ray and take turns: metadist's own, and one that
-hands out ranges and waits for them without a ledger, deadlines, a look for hung adapters or draining nodes. Beside
-the ratio of their medians, the time that the driver itself spends on watching is added up, call by call.
+One executor with two adapters takes turns with itself: as it is, and handing out ranges and waiting for them without a
+ledger, deadlines, a look for hung adapters or draining nodes. The processes are the same ones, so that nothing but the
+watching differs. Beside the ratio, the time that the driver itself spends on watching is added up, call by call.
 """
 
 import functools
+import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -40,15 +41,13 @@ WATCHING = {
 }
 
 
-class Unwatched(RayExecutor):
-    """Hands out each range once, and waits for all of them, whatever happens."""
-
-    def _complete(self, work: Work) -> dict[Range, Result]:
-        work.hand_out(self._free())
-        for call, receipt in zip(work.calls.values(), ray.get(list(work.calls)), strict=True):
-            work.results[call.span] = call.result
-            work.receipt += receipt
-        return work.results
+def unwatched(executor: RayExecutor, work: Work) -> dict[Range, Result]:
+    """Instead of `RayExecutor._complete`: hands out each range once, and waits for all of them, whatever happens."""
+    work.hand_out(executor._free())
+    for call, receipt in zip(work.calls.values(), ray.get(list(work.calls)), strict=True):
+        work.results[call.span] = call.result
+        work.receipt += receipt
+    return work.results
 
 
 @contextmanager
@@ -81,37 +80,37 @@ def added_up() -> Iterator[list[float]]:
 @click.command()
 @click.argument("config", default="configs/omniglot_5w1s_maml.yaml")
 @click.option("--steps", default=10, show_default=True, help="Meta-iterations a turn.")
-@click.option("--turns", default=15, show_default=True)
+@click.option("--turns", default=40, show_default=True, help="Pairs of turns, one of them watched.")
 @click.option("--out", default="benchmarks/results/watching.json", show_default=True)
 def main(config: str, steps: int, turns: int, out: str) -> None:
     """Times CONFIG with and without watching for faults, interleaved."""
     console = Console()
     settings, scaling = load_config(config), ScalingSettings(num_workers=2, start_timeout_s=600)
-    experiment = make_experiment(settings)
-    disconnect = connect(ScalingSettings(num_workers=4), console)
-    executors: dict[str, RayExecutor] = {}
-    for name, kind in (("watched", RayExecutor), ("unwatched", Unwatched)):
-        executors[name] = kind(experiment, settings.outer, settings.training.steps, scaling)
-        executors[name].start(None, None, lambda: False)
-    seconds: dict[str, list[float]] = {name: [] for name in executors}
+    disconnect = connect(ScalingSettings(num_workers=3), console)
+    executor = RayExecutor(make_experiment(settings), settings.outer, settings.training.steps, scaling)
+    executor.start(None, None, lambda: False)
+    kinds = {"watched": RayExecutor._complete, "unwatched": unwatched}
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
     watching: list[float] = []
-    for turn in range(turns):
-        for name, executor in executors.items():
-            with added_up() as spent:
+    seconds_of(executor, settings, 0, steps)
+    for turn in range(1, turns + 1):
+        # Each of the two comes first in every other turn.
+        for name in sorted(kinds, reverse=turn % 2 == 0):
+            with mock.patch.object(RayExecutor, "_complete", kinds[name]), added_up() as spent:
                 seconds[name].append(seconds_of(executor, settings, turn * steps, steps))
             if name == "watched":
                 watching.append(sum(spent))
-    medians = {name: statistics.median(times) / steps for name, times in seconds.items()}
+    executor.close()
+    disconnect()
+    table = Table("", "", title=f"{config}: {turns} pairs of turns of {steps} steps, two adapters")
+    for name, times in seconds.items():
+        table.add_row(f"{name}, ms a step (median)", f"{1000 * statistics.median(times) / steps:.1f}")
+    ratios = [watched / alone for watched, alone in zip(seconds["watched"], seconds["unwatched"], strict=True)]
+    half = 1.96 * statistics.stdev(ratios) / math.sqrt(turns)
+    table.add_row("ratio within a pair (mean, 95 % interval)", f"{statistics.mean(ratios):.3f} ± {half:.3f}")
     share = statistics.median(spent / whole for spent, whole in zip(watching, seconds["watched"], strict=True))
-    table = Table("", "ms a step (median)", title=f"{config}: {turns} turns of {steps} steps, two adapters")
-    for name, median in medians.items():
-        table.add_row(name, f"{1000 * median:.1f}")
-    table.add_row("ratio", f"{medians['watched'] / medians['unwatched']:.3f}")
     table.add_row("the driver's own watching", f"{share:.2%} of a step")
     console.print(table)
-    for executor in executors.values():
-        executor.close()
-    disconnect()
     write_results(out, {"config": config, "steps": steps, "seconds": seconds, "seconds_watching": watching})
 
 
