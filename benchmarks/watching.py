@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 from unittest import mock
 
@@ -87,17 +88,18 @@ def main(config: str, steps: int, turns: int, out: str) -> None:
     console = Console()
     settings, scaling = load_config(config), ScalingSettings(num_workers=2, start_timeout_s=600)
     disconnect = connect(ScalingSettings(num_workers=3), console)
-    executor = RayExecutor(make_experiment(settings), settings.outer, settings.training.steps, scaling)
+    executor = RayExecutor(make_experiment(settings), settings.outer, steps * (1 + 2 * turns), scaling)
     executor.start(None, None, lambda: False)
     kinds = {"watched": RayExecutor._complete, "unwatched": unwatched}
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     watching: list[float] = []
-    seconds_of(executor, settings, 0, steps)
-    for turn in range(1, turns + 1):
+    firsts = count(0, steps)
+    seconds_of(executor, settings, next(firsts), steps)
+    for turn in range(turns):
         # Each of the two comes first in every other turn.
         for name in sorted(kinds, reverse=turn % 2 == 0):
             with mock.patch.object(RayExecutor, "_complete", kinds[name]), added_up() as spent:
-                seconds[name].append(seconds_of(executor, settings, turn * steps, steps))
+                seconds[name].append(seconds_of(executor, settings, next(firsts), steps))
             if name == "watched":
                 watching.append(sum(spent))
     executor.close()
