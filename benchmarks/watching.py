@@ -104,7 +104,7 @@ def main(config: str, steps: int, turns: int, out: str) -> None:
                 watching.append(sum(spent))
     executor.close()
     disconnect()
-    table = Table("", "", title=f"{config}: {turns} pairs of turns of {steps} steps, two adapters")
+    table = Table(show_header=False, title=f"{config}: {turns} pairs of turns of {steps} steps, two adapters")
     for name, times in seconds.items():
         table.add_row(f"{name}, ms a step (median)", f"{1000 * statistics.median(times) / steps:.1f}")
     ratios = [watched / alone for watched, alone in zip(seconds["watched"], seconds["unwatched"], strict=True)]
