@@ -87,7 +87,7 @@ def main(config: str, steps: int, turns: int, out: str) -> None:
     """Times CONFIG with and without watching for faults, interleaved."""
     console = Console()
     settings, scaling = load_config(config), ScalingSettings(num_workers=2, start_timeout_s=600)
-    disconnect = connect(ScalingSettings(num_workers=3), console)
+    disconnect = connect(scaling, console)
     executor = RayExecutor(make_experiment(settings), settings.outer, steps * (1 + 2 * turns), scaling)
     executor.start(None, None, lambda: False)
     kinds = {"watched": RayExecutor._complete, "unwatched": unwatched}
