@@ -5,6 +5,8 @@ one thread; as many run side by side as `--parallel` says. All are evaluated on 
 run a record is kept in `benchmarks/accuracy/`, and what has one is not made again.
 """
 
+import dataclasses
+import hashlib
 import json
 import math
 import subprocess
@@ -20,6 +22,12 @@ from rich.console import Console
 from rich.table import Table
 
 from metadist import load_config
+from metadist.distributed.learner import LearnerState
+from metadist.evaluation import asked_of, experiment_to_score, load_state, score_state
+from metadist.run_directory import RunDirectory
+from metadist.scores import PolicyScores
+from metadist.sections import EvaluationSettings
+from metadist.training import VALIDATION_SEED
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,6 +41,8 @@ class Case:
     changes: tuple[str, ...] = ()
     evaluation_only: bool = False
     """The algorithm trains nothing: one step is as good as any number."""
+    trained_as: str | None = None
+    """A config with the same training to the bit, other ways at test alone: its run is evaluated here as well."""
 
 
 OMNIGLOT_5W1S = {
@@ -59,8 +69,8 @@ OMNIGLOT_5W1S = {
 OMNIGLOT_20W1S = {
     "maml": Case("omniglot_20w1s_maml", "95.8 ± 0.3"),
     "anil": Case("omniglot_20w1s_anil", "96.2 ± 0.5"),
-    "proto_net": Case("omniglot_20w1s_proto_net", "96.0"),
-    "r2d2": Case("omniglot_20w1s_r2d2", "96.24 (to be verified)"),
+    "proto_net": Case("omniglot_20w1s_proto_net", "96.0", trained_as="omniglot_5w1s_proto_net"),
+    "r2d2": Case("omniglot_20w1s_r2d2", "96.24 (to be verified)", trained_as="omniglot_5w1s_r2d2"),
 }
 TINY_IMAGENET = {
     f"{name}, {shots} shot{'s' * (shots > 1)}": Case(f"tiny_imagenet_5w{shots}s_{name}", "none for this data set")
@@ -82,7 +92,6 @@ def run(case: Case, steps: int, seed: int, episodes: int, kept: Path, runs: Path
     """Trains and evaluates one case, unless its record is kept already."""
     steps = 1 if case.evaluation_only else steps
     record = record_of(case, steps, seed, kept)
-    name = record.stem
     settings = [f"training.steps={steps}", f"training.seed={seed}", f"evaluation.episodes={episodes}"]
     settings += [f"evaluation.every={max(1, steps // 2)}", "evaluation.val_episodes=200", *case.changes]
     settings = [setting.format(a_tenth_of_the_steps=max(1, steps // 10)) for setting in settings]
@@ -91,27 +100,70 @@ def run(case: Case, steps: int, seed: int, episodes: int, kept: Path, runs: Path
         if made_with != settings:
             raise click.ClickException(f"{record} was made with {made_with}, not with {settings}: move it away.")
         return
-    command = [sys.executable, "-m", "metadist", "train", str(config_of(case)), "--workers", "0", "--json"]
-    command += ["--run-dir", str(runs / name), *(part for s in settings for part in ("--set", s))]
     began = time.perf_counter()
-    with (runs / f"{name}.log").open("w") as log:
+    if case.trained_as is None:
+        found = trained(case.config, settings, runs / record.stem)
+    else:
+        run_dir = runs / record.stem.replace(case.config, case.trained_as)
+        if not (run_dir / "evaluation.json").exists():
+            trained(case.trained_as, settings, run_dir)
+        found = evaluated(case.config, case.trained_as, settings, run_dir)
+    values = {"config": case.config, "settings": settings, **found}
+    record.write_text(json.dumps(values | {"minutes": round((time.perf_counter() - began) / 60, 1)}, indent=1) + "\n")
+
+
+def trained(config: str, settings: list[str], run_dir: Path) -> dict[str, Any]:
+    """What a record says of a training and its evaluation, which it makes in a process of their own."""
+    place = ROOT / "configs" / f"{config}.yaml"
+    command = [sys.executable, "-m", "metadist", "train", str(place), "--workers", "0", "--json"]
+    half_way = load_config(place, settings).evaluation.every
+    changes = [*settings, f"run.checkpoint_config.checkpoint_frequency={half_way}"]
+    command += ["--run-dir", str(run_dir), *(part for change in changes for part in ("--set", change))]
+    with run_dir.with_suffix(".log").open("w") as log:
         finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT, check=False)
     if finished.returncode:
         raise click.ClickException(f"{' '.join(command)} ended with status {finished.returncode}: see {log.name}")
     result = json.loads(finished.stdout)
-    lines = map(json.loads, (runs / name / "metrics.jsonl").read_text().splitlines())
-    values = {
-        "config": case.config,
-        "settings": settings,
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return {
         "steps": result["step"],
-        "tasks": result["step"] * load_config(config_of(case), settings).training.meta_batch_size,
+        "tasks": result["step"] * load_config(place, settings).training.meta_batch_size,
         "batch_norm": result["evaluation"]["batch_norm"],
         "accuracy": result["evaluation"]["accuracy"],
         "validation": [(line["step"], line["val_accuracy"]) for line in lines if "val_accuracy" in line],
         "theta_sha256": result["theta_sha256"],
-        "minutes": round((time.perf_counter() - began) / 60, 1),
     }
-    record.write_text(json.dumps(values, indent=1) + "\n")
+
+
+def evaluated(config: str, trained_as: str, settings: list[str], run_dir: Path) -> dict[str, Any]:
+    """The same of a run that was trained with another config, whose ways at test alone are others."""
+    asked, own = (load_config(ROOT / "configs" / f"{name}.yaml", settings) for name in (config, trained_as))
+    if dataclasses.replace(asked, task=dataclasses.replace(asked.task, ways=own.task.ways), run=own.run) != own:
+        raise click.ClickException(f"{config} and {trained_as} differ in more than ways at test: train each.")
+    asked, console = asked_of(asked, None, None, None, 0, None), Console(stderr=True)
+    steps = asked.training.steps
+
+    def accuracy(evaluation: EvaluationSettings, step: int) -> tuple[LearnerState, PolicyScores]:
+        changed = dataclasses.replace(asked, evaluation=evaluation)
+        experiment = experiment_to_score(changed)
+        state = load_state(RunDirectory(str(run_dir)), experiment, step, console)
+        return state, score_state(changed, experiment, state, console, own_policy_alone=True).policies[0]
+
+    validation = dataclasses.replace(
+        asked.evaluation, split="val", seed=VALIDATION_SEED, episodes=asked.evaluation.val_episodes
+    )
+    state, scores = accuracy(asked.evaluation, steps)
+    return {
+        "steps": steps,
+        "tasks": steps * asked.training.meta_batch_size,
+        "batch_norm": scores.batch_norm,
+        "accuracy": scores.accuracy[-1],
+        "validation": [
+            (step, accuracy(validation, step)[1].accuracy[-1]["mean"]) for step in (asked.evaluation.every, steps)
+        ],
+        "theta_sha256": hashlib.sha256(state.theta.tobytes()).hexdigest(),
+        "trained_as": trained_as,
+    }
 
 
 def accuracies(results: list[dict[str, Any]]) -> tuple[list[float], float, float]:
