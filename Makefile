@@ -1,6 +1,7 @@
 # make install set everything up in .venv
 # make train   set everything up and meta-train the sinusoid example
-# make test    set everything up and pass the tests
+# make test    set everything up and pass the tests (twelve minutes on two cores, all included)
+# make test-long  those that show at length, or in one more way, what the others show (CI runs both)
 # make check   lint and types
 # make chaos   the tests in which everything goes wrong at once (some twenty minutes)
 # make fuzz    10,000 spoiled configs, pools, run directories and episodes
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install train test test-on-ray test-on-heads test-without-ray chaos fuzz bench check audit clean
+.PHONY: install train test test-long test-on-ray test-on-heads test-of-numbers test-without-ray chaos fuzz bench check audit clean
 
 install: $(INSTALLED)
 
@@ -19,18 +20,29 @@ train: $(INSTALLED)
 	$(BIN)/metadist train configs/sinusoid_maml.yaml
 
 # The tests that start a Ray mostly wait, the others mostly compute: side by side they share two cores well.
+TIER := not long
+LANES := $(MAKE) --no-print-directory --keep-going --jobs=4 --output-sync=target \
+  test-of-numbers test-without-ray test-on-ray test-on-heads
 test: check
-	$(MAKE) --no-print-directory --keep-going --jobs=3 --output-sync=target test-without-ray test-on-ray test-on-heads
+	$(LANES)
+
+test-long: $(INSTALLED)
+	$(LANES) TIER=long
 
 test-on-ray: $(INSTALLED)
-	$(BIN)/python -m pytest -m "ray and not head"
+	$(BIN)/python -m pytest -m "ray and not head and not chaos and $(TIER)"
 
 test-on-heads: $(INSTALLED)
-	$(BIN)/python -m pytest -m "ray and head"
+	$(BIN)/python -m pytest -m "ray and head and not chaos and $(TIER)"
 
 # The compiler takes one core, and leaves the other to the tests beside it.
+NUMBERS := tests/core tests/algorithms tests/models
+test-of-numbers: $(INSTALLED)
+	TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -m "not ray and not chaos and $(TIER)" $(NUMBERS)
+
 test-without-ray: $(INSTALLED)
-	TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -m "not ray and not chaos"
+	TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -m "not ray and not chaos and $(TIER)" \
+	  $(NUMBERS:%=--ignore=%)
 
 chaos: $(INSTALLED)
 	$(BIN)/python -m pytest -m chaos
@@ -57,7 +69,7 @@ audit:
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[test,lint]'
 	touch $@
 
 clean:

@@ -96,6 +96,7 @@ FOUR_STEPS = (*LARGE, "training.steps=4")
 MANY_STEPS = (*LARGE, "training.steps=40", "run.checkpoint_config.checkpoint_frequency=100")
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize(
     ("bytes_at_most", "command", "unwritten"),
     [

@@ -96,6 +96,7 @@ def test_a_resumed_run_starts_where_it_stood_and_an_error_of_a_callback_ends_the
     assert records.told[1][:2] == ("step", 5)
 
 
+@pytest.mark.pictures
 def test_the_time_line_adds_up_and_has_a_picture(tmp_path):
     result = MetaTrainer(config_in(tmp_path)).fit()
     lines = read_timeline(Path(result.run_dir))

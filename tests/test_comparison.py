@@ -224,6 +224,7 @@ def test_two_configs_for_one_run_directory_are_refused(place: Place) -> None:
     assert not (place.path / "runs").exists()
 
 
+@pytest.mark.pictures
 def test_out_writes_the_object_and_a_picture_beside_it(place: Place) -> None:
     out = place.path / "results" / "both.json"
     arguments = [place.config("a"), place.config("b", inner_lr=0.3), "--out", str(out)]
@@ -234,6 +235,7 @@ def test_out_writes_the_object_and_a_picture_beside_it(place: Place) -> None:
     assert str(out.with_suffix(".png")) in done.stdout.replace("\n", "")
 
 
+@pytest.mark.pictures
 def test_shots_evaluates_each_size_as_a_run_of_that_size_would_be(place: Place) -> None:
     config = place.config("x")
     assert CliRunner().invoke(cli, ["train", config, "--no-evaluate"]).exit_code == 0
@@ -265,6 +267,7 @@ def test_shots_of_a_task_without_them_and_of_training_episodes_with_their_own_ar
         metadist.evaluate_shots(place.run("x"), [0, 2])
 
 
+@pytest.mark.pictures
 def test_a_classifiers_evaluation_tells_its_calibration(place: Place) -> None:
     assert CliRunner().invoke(cli, ["train", place.config("x")]).exit_code == 0
     told = CliRunner().invoke(cli, ["evaluate", place.run("x")])

@@ -37,6 +37,7 @@ def test_every_file_that_the_readme_names_exists() -> None:
 
 @pytest.mark.ray
 @pytest.mark.head
+@pytest.mark.long
 def test_the_tuner_in_the_readme_runs(tmp_path: Path) -> None:
     (program,) = programs("tune.Tuner(")
     (tmp_path / "configs").symlink_to(README.parent / "configs")

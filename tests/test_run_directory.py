@@ -28,6 +28,7 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "there"
 
 
+@pytest.mark.pictures
 def test_a_resume_keeps_the_metrics_of_the_sessions_before(remote: Path) -> None:
     for steps in (3, 6):
         overrides = [

@@ -1,5 +1,6 @@
 """Adapter and learner as Ray's actors: where their arguments lie, and what of a result goes to whom."""
 
+import gc
 import time
 from typing import Any
 
@@ -42,11 +43,19 @@ def fetched(spans: list[Range], sums: list[ray.ObjectRef]) -> dict[Range, Sums]:
     return values
 
 
+def _forget_the_run_before(actor: object) -> None:
+    """Frees what an actor that is prepared once more has held: that and what follows may not both fit the device."""
+    if vars(actor):
+        vars(actor).clear()
+        gc.collect()
+
+
 class AdapterActor:
     """An adapter as an actor. Errors of its making are raised by `prepare`, where they keep their type."""
 
     def prepare(self, experiment: list[ray.ObjectRef]) -> tuple[dict[str, Any], str]:
         """Takes the experiment from the object store, its arrays shared with the node; gives fingerprint and node."""
+        _forget_the_run_before(self)
         self.adapter = Adapter(ray.get(experiment[0]))
         return self.adapter.fingerprint(), ray.get_runtime_context().get_node_id()
 
@@ -81,6 +90,7 @@ class LearnerActor:
         self, experiment: list[ray.ObjectRef], outer: OuterSettings, num_steps: int, state: LearnerState | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Starts from `state`; gives what the next step's meta-gradients are taken at, and the newest vector."""
+        _forget_the_run_before(self)
         self.learner = Learner(ray.get(experiment[0]), outer, num_steps)
         if state is not None:
             self.learner.restore(state)

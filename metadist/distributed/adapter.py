@@ -69,7 +69,8 @@ class Adapter:
         Computing it compiles what is to be compiled.
         """
         experiment = self.experiment
-        if self.device.type == "cuda" and not torch.cuda.is_available():
+        on_gpu = self.device.type == "cuda"
+        if on_gpu and not torch.cuda.is_available():
             raise ClusterError(
                 "scaling.use_gpu is true, but torch sees no CUDA device in an adapter. Set it to false, or run"
                 " where `metadist doctor` lists a GPU."
@@ -79,11 +80,12 @@ class Adapter:
                 f"training.precision is bf16-mixed, but {torch.cuda.get_device_name()} cannot compute in bfloat16. Use"
                 " float32, or a newer GPU."
             )
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)  # Of this run, and of none before it in the same process.
         plan = Plan(experiment.run_seed, "train", 0, experiment.chunk_size, experiment.chunk_size)
         published = np.concatenate([experiment.initial_theta, experiment.initial_statistics])
         canonical = self.sum_range(plan, Range(0, 1), published)
         self.take_receipt()  # It is that of compiling.
-        on_gpu = self.device.type == "cuda"
         return {
             "torch": torch.__version__,
             "numpy": np.__version__,

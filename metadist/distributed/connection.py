@@ -13,7 +13,8 @@ from metadist.sections import ScalingSettings
 def one_connection(scalings: Sequence[ScalingSettings], console: Console) -> Iterator[None]:
     """Joins or starts a Ray that has room for any of these, where one of them wants adapters; leaves it at the end.
 
-    Executors that start meanwhile use it. Raises ClusterError, and UserError where they name different clusters.
+    Executors that start meanwhile use it, and actors that those before them have left. Raises ClusterError, and
+    UserError where they name different clusters.
     """
     with_ray = [scaling for scaling in scalings if scaling.worker_limits[1]]
     if not with_ray:
@@ -26,9 +27,11 @@ def one_connection(scalings: Sequence[ScalingSettings], console: Console) -> Ite
             " or use --workers 0."
         )
     from metadist.distributed.cluster import connect
+    from metadist.distributed.kept_actors import actors_kept
 
     disconnect = connect(max(with_ray, key=lambda scaling: scaling.worker_limits[0]), console)
     try:
-        yield
+        with actors_kept():
+            yield
     finally:
         disconnect()

@@ -19,8 +19,8 @@ from metadist.core.batch_norm import BatchNormPolicy
 from metadist.core.meta_gradient import EpisodeScores
 from metadist.core.outer import OuterSettings
 from metadist.core.plan import Plan, Range
-from metadist.distributed import combining
-from metadist.distributed.actors import DEATHS, AdapterActor, SumsLost
+from metadist.distributed import combining, kept_actors
+from metadist.distributed.actors import DEATHS, AdapterActor, LearnerActor, SumsLost
 from metadist.distributed.draining import DrainingNodes, ThisNode
 from metadist.distributed.executor import Counters
 from metadist.distributed.fingerprint import refuse_other
@@ -89,6 +89,8 @@ class RayExecutor:
         self._draining = DrainingNodes()
         self._here = ThisNode(notify)
         self._looked = 0.0
+        self._in_order = True
+        """No work was broken off in the middle, which its adapters would still be at."""
         self._paces = {name: Pace(scaling.start_timeout_s) for name in ("sums", "combining", "scores")}
         self._bytes_a_sum = 4 * (len(experiment.initial_theta) + len(experiment.initial_statistics))
         self._stop: Callable[[], bool] = lambda: False
@@ -99,6 +101,7 @@ class RayExecutor:
         self._stop = stop
         self._fingerprint = expected
         low, high = self._scaling.worker_limits
+        kept_actors.end_kept_but(self._scaling, {AdapterActor: high, LearnerActor: 1})
         # The first adapter compiles; the others then find its code in the node's cache.
         self._slots = [self._new_slot()]
         self._wait_for_adapters(1)
@@ -184,10 +187,14 @@ class RayExecutor:
         self._learner.replace(state)
 
     def close(self) -> None:
+        idle = self._free() if self._in_order and self._ahead is None else []
         slots, self._slots, self._ahead, self._overdue = self._slots, [], None, {}
         for slot in slots:
-            ray.kill(slot.actor)
-        self._learner.close()
+            if slot in idle and slot.successor is None:
+                kept_actors.leave(AdapterActor, slot.actor, self._scaling)
+            else:
+                ray.kill(slot.actor)
+        self._learner.close(is_idle=bool(idle))
         disconnect, self._disconnect = self._disconnect, lambda: None
         disconnect()
 
@@ -241,6 +248,7 @@ class RayExecutor:
         """
         ledger, calls = work.ledger, work.calls
         idle_since = time.monotonic()
+        self._in_order = False
         work.begin()
         while not ledger.complete:
             work.hand_out(self._free())
@@ -277,6 +285,7 @@ class RayExecutor:
                 else:
                     work.done(call, receipt)
         self._overdue |= calls
+        self._in_order = True
         return work.results
 
     def _free(self) -> list[Slot]:
@@ -334,7 +343,9 @@ class RayExecutor:
             )
 
     def _new_slot(self) -> Slot:
-        actor: Any = ray.remote(AdapterActor).options(**adapter_options(self._scaling)).remote()
+        actor: Any = kept_actors.take(AdapterActor)
+        if actor is None:
+            actor = ray.remote(AdapterActor).options(**adapter_options(self._scaling)).remote()
         return Slot(actor, actor.prepare.remote(self._experiment))
 
     def _admit(self, slot: Slot) -> None:

@@ -8,6 +8,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from metadist.core.outer import OuterSettings
 from metadist.core.plan import Plan, Range
+from metadist.distributed import kept_actors
 from metadist.distributed.actors import LearnerActor
 from metadist.distributed.learner import LearnerState
 from metadist.distributed.pace import FACTOR
@@ -35,7 +36,9 @@ class RemoteLearner:
     def replace(self, state: LearnerState | None) -> None:
         """Starts another actor, from `state`, in place of the one that was there."""
         self.close()
-        self.actor = ray.remote(LearnerActor).options(**learner_options(self._scaling)).remote()
+        self.actor = kept_actors.take(LearnerActor)
+        if self.actor is None:
+            self.actor = ray.remote(LearnerActor).options(**learner_options(self._scaling)).remote()
         self._longest_s = None
         self.published, self.newest = self.actor.prepare.options(num_returns=2).remote(*self._arguments, state)
         self.ask(self.newest)
@@ -80,10 +83,12 @@ class RemoteLearner:
         self._longest_s = max(self._longest_s or 0.0, time.monotonic() - began)
         return answer
 
-    def close(self) -> None:
-        """Ends the actor, if there is one."""
+    def close(self, is_idle: bool = False) -> None:
+        """Ends the actor, if there is one; where it has nothing left to do, the next run may have it."""
         actor, self.actor = self.actor, None
-        if actor is not None:
+        if actor is not None and is_idle:
+            kept_actors.leave(LearnerActor, actor, self._scaling)
+        elif actor is not None:
             ray.kill(actor)
 
 

@@ -19,6 +19,7 @@ from metadist.core.batch_norm import BatchNormPolicy
 from metadist.core.meta_gradient import EpisodeScores
 from metadist.core.outer import OuterSettings
 from metadist.core.plan import Plan, Range
+from metadist.distributed import kept_actors
 from metadist.distributed.all_reduce import PeerFailedError
 from metadist.distributed.conductor import THREADS_BESIDE_RANKS, Conductor
 from metadist.distributed.draining import ThisNode
@@ -77,6 +78,7 @@ class TrainExecutor:
         self, state: LearnerState | None, expected: dict[str, Any] | None, stop: Callable[[], bool]
     ) -> dict[str, Any]:
         self._stop, self._fingerprint = stop, expected
+        kept_actors.end_kept_but(self._scaling, {})
         conductor = ray.remote(Conductor).options(
             num_cpus=0,
             # Each rank that waits for its next call keeps one thread busy.

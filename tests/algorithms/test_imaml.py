@@ -150,7 +150,10 @@ def test_peak_memory_does_not_grow_with_inner_steps():
     assert peaks[1] <= 1.2 * peaks[0]
 
 
-@pytest.mark.parametrize(("strategy", "middle", "cg_steps"), [("vmap", nn.BatchNorm1d(3), 1), ("loop", nn.Tanh(), 2)])
+@pytest.mark.parametrize(
+    ("strategy", "middle", "cg_steps"),
+    [pytest.param("vmap", nn.BatchNorm1d(3), 1, marks=pytest.mark.long), ("loop", nn.Tanh(), 2)],
+)
 def test_compiled_equals_eager(strategy, middle, cg_steps):
     # As small as it can be: compiling takes seconds.
     spec = regression(inputs=1, outputs=1, support_size=4, query_size=3)

@@ -141,7 +141,8 @@ def test_a_config_says_how_many_inner_steps_there_are_at_test():
 
 
 @pytest.mark.parametrize(
-    ("strategy", "middle", "policy"), [("vmap", nn.Tanh(), "transductive"), ("loop", nn.BatchNorm1d(3), "running")]
+    ("strategy", "middle", "policy"),
+    [("vmap", nn.Tanh(), "transductive"), pytest.param("loop", nn.BatchNorm1d(3), "running", marks=pytest.mark.long)],
 )
 def test_compiled_equals_eager(strategy, middle, policy):
     # As small as it can be and still be of second order: compiling takes seconds.

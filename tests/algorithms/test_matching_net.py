@@ -76,6 +76,7 @@ def test_attention_is_the_one_of_an_explicit_loop(make_problem):
         torch.testing.assert_close(found.exp().sum(1), torch.ones(len(query), dtype=torch.float64))
 
 
+@pytest.mark.long
 def test_compiled_equals_eager():
     check_compiled(MatchingNet())
 

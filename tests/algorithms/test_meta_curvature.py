@@ -119,6 +119,7 @@ def test_away_from_the_identity_finite_differences_agree_too():
     check_derivatives_along_directions(shaken(problem), batch)
 
 
+@pytest.mark.long
 def test_compiled_equals_eager():
     # Every mode that a matrix can have (out, in, kernel), and no layer more: compiling takes seconds.
     spec = classification(input_shape=(2, 3, 3), ways=2, shots=1, queries=1)

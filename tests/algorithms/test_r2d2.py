@@ -99,6 +99,7 @@ def test_regression_targets_are_predicted_as_they_are():
     torch.testing.assert_close(predictions(problem, batch), with_ones(query) @ weights, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_compiled_equals_eager():
     check_compiled(R2D2())
 

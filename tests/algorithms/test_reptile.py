@@ -155,7 +155,7 @@ def test_the_outer_optimizer_moves_theta_towards_the_mean_of_phi():
     torch.testing.assert_close(theta.detach(), 0.75 * problem.theta + 0.25 * (phi[0] + phi[1]) / 2)
 
 
-@pytest.mark.parametrize("strategy", ["loop", "vmap"])
+@pytest.mark.parametrize("strategy", ["loop", pytest.param("vmap", marks=pytest.mark.long)])
 def test_compiled_equals_eager(strategy):
     spec = regression(inputs=1, outputs=1, support_size=4, query_size=3)
     torch.manual_seed(0)

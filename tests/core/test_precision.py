@@ -31,7 +31,9 @@ def sums(precision, strategy, compile):
     return compute.sum_chunk(problem.theta, problem.statistics, batch, np.ones(4, np.float32), keys)
 
 
-@pytest.mark.parametrize(("strategy", "compile"), [("loop", False), ("vmap", False), ("loop", True)])
+@pytest.mark.parametrize(
+    ("strategy", "compile"), [("loop", False), ("vmap", False), pytest.param("loop", True, marks=pytest.mark.long)]
+)
 def test_bf16_is_near_float32_and_its_sums_are_float32(strategy, compile):
     exact, mixed = (sums(precision, strategy, compile) for precision in ("float32", "bf16-mixed"))
     error = np.linalg.norm(mixed.gradient - exact.gradient) / np.linalg.norm(exact.gradient)

@@ -34,10 +34,11 @@ def metrics_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def local_ray(ray_home: dict[str, str], metrics_port: int) -> None:
+def local_ray(ray_home: dict[str, str], metrics_port: int) -> Iterator[None]:
     """One local Ray, which stays for the modules after this one; `MetaTrainer` joins what is there.
 
-    A fixture that needs another Ray ends this one with `ray.shutdown()`.
+    Within a module, a run takes the actors of the one before it. A fixture that needs another Ray ends this one with
+    `ray.shutdown()`.
     """
     import ray
 
@@ -50,3 +51,7 @@ def local_ray(ray_home: dict[str, str], metrics_port: int) -> None:
             log_to_driver=False,
             _metrics_export_port=metrics_port,
         )
+    from metadist.distributed.kept_actors import actors_kept
+
+    with actors_kept():
+        yield

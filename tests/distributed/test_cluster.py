@@ -141,6 +141,7 @@ def test_a_rule_for_labels_means_what_it_means_to_ray(rule: str, fitting: list[s
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_adapters_share_the_gpu_of_the_node_whose_labels_are_asked_for(cluster: Any, tmp_path: Path) -> None:
     import ray
 
@@ -168,6 +169,7 @@ class Where:
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_adapters_are_packed_or_spread_as_is_asked(cluster: Any) -> None:
     import ray
 
@@ -197,6 +199,7 @@ def test_a_learner_on_a_gpu_needs_one_on_the_drivers_node(cluster: Any, tmp_path
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_what_goes_beside_the_driver_goes_to_no_other_node(cluster: Any) -> None:
     import ray
 
@@ -238,6 +241,7 @@ def test_a_cluster_elsewhere_that_lets_anybody_in_is_refused_unless_told_otherwi
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_a_node_that_comes_is_used_and_one_that_goes_is_missed_by_nobody(cluster: Any, tmp_path: Path) -> None:
     steps, results = 800, []
     config = load_config(CONFIG, [f"training.steps={steps}", "run.checkpoint_config.checkpoint_frequency=50"])
@@ -269,7 +273,7 @@ def test_a_node_that_comes_is_used_and_one_that_goes_is_missed_by_nobody(cluster
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("backend", ["actors", "train"])
+@pytest.mark.parametrize("backend", ["actors", pytest.param("train", marks=pytest.mark.long)])
 def test_a_run_whose_own_node_is_about_to_be_taken_away_ends_with_a_checkpoint_and_goes_on_elsewhere(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
@@ -297,6 +301,7 @@ def test_a_run_whose_own_node_is_about_to_be_taken_away_ends_with_a_checkpoint_a
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_an_adapter_leaves_a_node_that_is_about_to_be_taken_away_without_loss(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,7 +69,9 @@ def undisturbed(ray_home: dict[str, str], tmp_path_factory: pytest.TempPathFacto
     return hashes(finish(command(run_dir, 0), ray_home), run_dir)
 
 
-@pytest.mark.parametrize(("workers", "asks"), [(0, signal.SIGINT), (2, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("workers", "asks"), [pytest.param(0, signal.SIGINT, marks=pytest.mark.long), (2, signal.SIGTERM)]
+)
 def test_ctrl_c_or_a_notice_of_preemption_ends_with_a_checkpoint_and_the_printed_command_goes_on_with_equal_bits(
     ray_home: dict[str, str], tmp_path: Path, undisturbed: tuple[object, ...], workers: int, asks: signal.Signals
 ) -> None:
@@ -89,7 +91,7 @@ def test_ctrl_c_or_a_notice_of_preemption_ends_with_a_checkpoint_and_the_printed
     assert hashes(finish([*program(), *resume[1:]], ray_home), run_dir) == undisturbed
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.long)])
 def test_a_run_killed_outright_goes_on_in_one_process_from_its_last_checkpoint_with_equal_bits(
     ray_home: dict[str, str], tmp_path: Path, undisturbed: tuple[object, ...], workers: int
 ) -> None:

@@ -170,6 +170,7 @@ def test_without_the_token_it_is_refused_with_what_to_set(head: Head, tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_a_run_that_joins_the_cluster_itself_needs_the_token_too(head: Head, tmp_path: Path) -> None:
     train = [sys.executable, "-m", "metadist", "train", "experiment.yaml", "--workers", "1", "--no-evaluate"]
     train += ["--set", "training.steps=3", "--run-dir", str(tmp_path / "run"), "--address", head.gcs_address]
@@ -222,6 +223,7 @@ def test_ctrl_c_leaves_the_job_running_and_the_printed_commands_attach_and_stop(
     stop_as_printed(head, stop, job)
 
 
+@pytest.mark.long
 def test_no_wait_returns_at_once_and_a_second_job_on_the_same_run_directory_is_refused(
     head: Head, tmp_path: Path
 ) -> None:
@@ -245,6 +247,7 @@ def stop_as_printed(head: Head, line: str, job: str) -> None:
     wait_for(lambda: status_of(head, job) == "STOPPED")
 
 
+@pytest.mark.long
 def test_a_node_that_is_killed_in_mid_run_costs_no_bit(head: Head, tmp_path: Path) -> None:
     """Submitted with `ray job submit`. The last test here, since the cluster is smaller after it."""
     run_dir, more = tmp_path / "run", ["training.steps=300", "run.checkpoint_config.checkpoint_frequency=10"]

@@ -17,6 +17,7 @@ from metadist import Callback, MetaTrainer, load_config
 from metadist.config import Config
 from metadist.core.plan import plan_evaluation, plan_step
 from metadist.distributed.actors import AdapterActor
+from metadist.distributed.kept_actors import end_kept_but
 from metadist.distributed.ray_executor import RayExecutor
 from metadist.distributed.start import make_executor
 from metadist.errors import AdapterError, FingerprintError
@@ -139,6 +140,7 @@ def test_running_batch_norm_statistics_have_the_same_bits_too(local_ray: None, t
     assert bits(fit(config, 2, "with_2")) == bits(fit(config, 0, "alone"))
 
 
+@pytest.mark.long
 def test_omniglot_itself_has_the_same_bits(local_ray: None, tmp_path: Path) -> None:
     if not OMNIGLOT.exists():
         pytest.skip("the Omniglot archives are not beside this checkout")
@@ -243,6 +245,7 @@ def test_an_adapter_that_computes_other_bits_is_refused_and_only_missed_where_it
         assert "'another processor' here" in told[0]
     finally:
         running.close()
+    end_kept_but(scaling, {})
     alone = executor()
     try:
         with pytest.raises(FingerprintError, match=r"computes other bits .* 'another processor' here"):
@@ -278,7 +281,9 @@ def test_an_adapter_that_dies_with_the_next_step_already_in_hand_is_replaced_onc
     np.testing.assert_array_equal(finals[1].theta, finals[0].theta)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)], ids=["killed", "hung"]
+)
 def test_a_lost_learner_costs_the_steps_since_the_last_checkpoint_and_no_bit(
     local_ray: None, tmp_path: Path, how: signal.Signals
 ) -> None:

@@ -91,6 +91,7 @@ def test_a_run_that_goes_from_backend_to_backend_has_the_bits_of_one_process(loc
     assert bits(fit(config, ALONE, "mixed")) == bits(alone)
 
 
+@pytest.mark.long
 def test_a_fast_reduction_adds_in_another_order_and_agrees(exact_and_fast: tuple[Evidence, Evidence]) -> None:
     exact, fast = exact_and_fast
     assert not np.array_equal(fast.theta, exact.theta)
@@ -99,6 +100,7 @@ def test_a_fast_reduction_adds_in_another_order_and_agrees(exact_and_fast: tuple
         assert fast.metrics[name] == pytest.approx(value, rel=1e-5, nan_ok=True)
 
 
+@pytest.mark.long
 def test_a_run_does_not_go_from_a_fast_reduction_to_an_exact_one_unsaid(
     exact_and_fast: tuple[Evidence, Evidence],
 ) -> None:
@@ -108,6 +110,7 @@ def test_a_run_does_not_go_from_a_fast_reduction_to_an_exact_one_unsaid(
         refuse_other(exact.fingerprint, fast.fingerprint, "this process")
 
 
+@pytest.mark.long
 def test_an_error_of_the_users_source_comes_from_its_rank_and_leaves_the_group_in_step(
     exact_and_fast: tuple[Evidence, Evidence],
 ) -> None:
@@ -117,6 +120,7 @@ def test_an_error_of_the_users_source_comes_from_its_rank_and_leaves_the_group_i
     np.testing.assert_allclose(fast.scores.loss, exact.scores.loss, rtol=1e-4)
 
 
+@pytest.mark.long
 def test_a_killed_rank_restarts_the_group_from_the_last_checkpoint_and_costs_no_bit(
     local_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -56,6 +56,7 @@ def run(tmp_path_factory) -> str:
 
 @pytest.mark.ray
 @pytest.mark.head
+@pytest.mark.long
 def test_every_client_has_the_right_answer_or_an_error_whatever_the_others_do(run, ray_home, tmp_path, capsys) -> None:
     token_file = tmp_path / "token"
     token_file.write_text(TOKEN)

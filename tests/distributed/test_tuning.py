@@ -171,6 +171,7 @@ def test_two_trials_with_an_adapter_each_share_two_cpus_and_the_best_config_trai
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("two_cpus")
+@pytest.mark.long
 def test_finals_share_the_adapters_of_all_trials_at_once_and_come_to_what_one_process_comes_to(tmp_path: Path) -> None:
     path = write_sweep(tmp_path, workers=1, trials=2, scheduler="{name: none}", searcher="random", at_once=2)
     path.write_text(path.read_text() + "final: {candidates: 1, seeds: 1}\n")
@@ -187,6 +188,7 @@ def test_finals_share_the_adapters_of_all_trials_at_once_and_come_to_what_one_pr
 @pytest.mark.ray
 @pytest.mark.usefixtures("two_cpus")
 @pytest.mark.parametrize("scheduler", ["pbt", "pb2"])
+@pytest.mark.long
 def test_a_population_takes_over_what_is_better_and_a_lineage_is_trained_again_to_the_same_bits(
     tmp_path: Path, scheduler: str
 ) -> None:
@@ -218,6 +220,7 @@ def assert_a_lineage_is_trained_again(sweep: Path, run_dir: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("two_cpus")
+@pytest.mark.long
 def test_hyperband_halves_its_brackets(tmp_path: Path) -> None:
     # Nine rounds by a factor of three: brackets of 3 trials for 9 rounds, 5 for 3 and 9 for 1; the first two are here.
     path = write_sweep(tmp_path, workers=0, trials=8, scheduler="{name: hyperband}", searcher="random", at_once=None)
@@ -236,6 +239,7 @@ def test_hyperband_halves_its_brackets(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("two_cpus")
+@pytest.mark.long
 def test_a_trial_that_diverges_is_marked_at_once_and_the_sweep_goes_on(tmp_path: Path) -> None:
     path = write_sweep(tmp_path, workers=0, trials=2, scheduler="{name: none}", searcher="grid", at_once=None)
     text = path.read_text().replace("  algorithm.inner_lr: loguniform(1e-3, 0.1)", "  outer.lr: grid(1.0e+30, 0.01)")
@@ -298,6 +302,7 @@ def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint_to_the_same
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("project", "two_cpus")
+@pytest.mark.long
 def test_a_trial_whose_process_dies_every_time_is_given_up_and_the_others_end(tmp_path: Path) -> None:
     path = write_deadly_sweep(tmp_path, times=99, searcher="grid")
     text = path.read_text().replace("algorithm.inner_lr: loguniform(1e-3, 0.1)", "task.dies_at: grid(98, 7, 99)")
@@ -319,6 +324,7 @@ def test_a_trial_whose_process_dies_every_time_is_given_up_and_the_others_end(tm
 
 @pytest.mark.ray
 @pytest.mark.head
+@pytest.mark.long
 def test_a_sweep_whose_driver_is_killed_goes_on_to_the_same_table(ray_home: dict[str, str], tmp_path: Path) -> None:
     tables = []
     for name in ("undisturbed", "killed"):

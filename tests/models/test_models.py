@@ -186,7 +186,7 @@ def with_dropout():
 
 
 @pytest.mark.parametrize("strategy", ["loop", "vmap"])
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_what_dropout_draws_while_training_follows_from_the_chunks_first_key(strategy, compile):
     problem = Problem(MAML(inner_lr=0.1), with_dropout(), CURVES, dtype=torch.float32)
     batch = random_episodes(CURVES, 3, dtype=torch.float32)

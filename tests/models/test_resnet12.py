@@ -232,6 +232,7 @@ def test_what_the_regularisers_draw_follows_from_the_chunks_first_key(strategy):
 
 
 @pytest.mark.parametrize("strategy", ["loop", "vmap"])
+@pytest.mark.long
 def test_compiled_drop_block_draws_by_its_key_too(strategy):
     # One convolution around it: compiling all of ResNet-12 takes too long for a test.
     spec = classification((1, 4, 4), ways=2, shots=2, queries=2)

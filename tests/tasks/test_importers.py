@@ -792,6 +792,7 @@ real_data = pytest.mark.skipif(
 
 
 @real_data
+@pytest.mark.long
 def test_the_real_omniglot_has_1623_characters_of_20_drawings(tmp_path):
     # importing verifies the content digests of both archives
     sizes = {"train": 1100, "val": 100, "test": 423}
