@@ -22,10 +22,10 @@ class _Kept:
     actors: dict[type, list[Any]] = field(default_factory=dict)
 
     def end(self) -> None:
-        for actors in self.actors.values():
-            for actor in actors:
+        actors, self.actors = self.actors, {}
+        if ray.is_initialized():  # Else they have ended with it, and a call would start another Ray.
+            for actor in (actor for those in actors.values() for actor in those):
                 ray.kill(actor)
-        self.actors = {}
 
 
 _kept: _Kept | None = None
