@@ -1,6 +1,6 @@
 # make install set everything up in .venv
 # make train   set everything up and meta-train the sinusoid example
-# make test    set everything up and pass the tests (twelve minutes on two cores, all included)
+# make test    set everything up and pass the tests
 # make test-long  those that show at length, or in one more way, what the others show (CI runs both)
 # make check   lint and types
 # make chaos   the tests in which everything goes wrong at once (some twenty minutes)
