@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from metadist import load_config
+from metadist.config import Config
 from metadist.distributed.learner import LearnerState
 from metadist.evaluation import asked_of, experiment_to_score, load_state, score_state
 from metadist.run_directory import RunDirectory
@@ -135,10 +136,18 @@ def trained(config: str, settings: list[str], run_dir: Path) -> dict[str, Any]:
     }
 
 
+def train_alike(config: Config, other: Config) -> bool:
+    """Whether two configs of few-shot tasks train the same theta, and differ in the ways of test episodes alone."""
+    task, others = config.task, other.task
+    if task.train_ways is None or others.train_ways is None:
+        return False
+    return dataclasses.replace(config, task=dataclasses.replace(task, ways=others.ways), run=other.run) == other
+
+
 def evaluated(config: str, trained_as: str, settings: list[str], run_dir: Path) -> dict[str, Any]:
     """The same of a run that was trained with another config, whose ways at test alone are others."""
     asked, own = (load_config(ROOT / "configs" / f"{name}.yaml", settings) for name in (config, trained_as))
-    if dataclasses.replace(asked, task=dataclasses.replace(asked.task, ways=own.task.ways), run=own.run) != own:
+    if not train_alike(asked, own):
         raise click.ClickException(f"{config} and {trained_as} differ in more than ways at test: train each.")
     asked, console = asked_of(asked, None, None, None, 0, None), Console(stderr=True)
     steps = asked.training.steps
