@@ -14,7 +14,7 @@ import pytest
 
 CONFIG = Path(__file__).parents[2] / "configs/sinusoid_maml.yaml"
 STEPS = 600
-WAIT_S = 120
+WAIT_S = 400
 pytestmark = [pytest.mark.ray, pytest.mark.head]
 
 
